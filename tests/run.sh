@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# Runs the tests, on a machine where nothing was installed by hand too:
+#
+#   bash tests/run.sh                   set-up, then lint, layout, types and all tests
+#   bash tests/run.sh -k name           set-up, then only pytest, with these arguments
+#
+# A second run does no set-up. Works from any directory. The status is 0 only when everything passed.
+set -euo pipefail
+
+cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
+[[ -e /dev/fd/0 ]] || exec </dev/null # some runners start jobs with no stdin at all
+
+bash tests/support/setup.sh test
+python=.venv/bin/python
+unset PYTHONHOME PYTHONPATH
+
+if (($#)); then
+    exec "$python" -m pytest "$@"
+fi
+
+failed=()
+step() {
+    local name=$1
+    shift
+    printf '\n== %s\n' "$name"
+    "$@" || failed+=("$name")
+}
+
+step lint "$python" -m ruff check .
+step layout "$python" -m ruff format --check .
+step types "$python" -m mypy
+step tests "$python" -m pytest
+
+if ((${#failed[@]})); then
+    printf '\nfailed: %s\n' "${failed[*]}" >&2
+    exit 1
+fi
