@@ -1,0 +1,114 @@
+"""Opening an image with everything below it: header, data file, backing chain.
+
+A chain is opened from the top down, one layer at a time (`files`), and built from the bottom up. Each file is locked
+when it is opened and its header is read only after that, so no header can change in between.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import NamedTuple
+
+from qcow2_plugin.engine.files import ChainFiles
+from qcow2_plugin.engine.header import read_header, refusals
+from qcow2_plugin.engine.image import Image, Layer
+from qcow2_plugin.engine.layout import check_complete, check_tables
+from qcow2_plugin.engine.raw import RawDisk
+from qcow2_plugin.engine.snapshots import check_l1_table, find, read_snapshots
+from qcow2_plugin.errors import about_file
+from qcow2_plugin.extent import GuestDisk
+from qcow2_plugin.format.header import Header
+from qcow2_plugin.storage import Storage
+from qcow2_plugin.storage.opener import Policy
+
+DEFAULT_CACHE_SIZE = 32 << 20
+"""Bytes."""
+
+Path = str | os.PathLike[str]
+
+
+class _OpenedLayer(NamedTuple):
+    header: Header
+    storage: Storage
+    data: Storage
+
+
+def open_image(
+    path: Path,
+    *,
+    policy: Policy = Policy.CONFINED,
+    snapshot: str | bytes | None = None,
+    data_file: Path | None = None,
+    backing_file: Path | None = None,
+    backing_format: str | None = None,
+    base_directory: Path | None = None,
+    allow_damaged: bool = False,
+    force_share: bool = False,
+    cache_size: int = DEFAULT_CACHE_SIZE,
+) -> Image:
+    """Open a qcow2 image for reading, with its data file and backing chain.
+
+    `policy` decides which of the files that the image names are opened; `data_file` and `backing_file` name them
+    instead. `backing_format` ("qcow2" or "raw") is for backing files whose format is not recorded. Relative names in
+    the image start at `base_directory`, by default the directory of the image. `snapshot` (ID or else name) opens the
+    disk as an internal snapshot keeps it. `allow_damaged` reads what a truncated file lacks as zeros instead of
+    refusing it. `force_share` reads although another program may write to the files. `cache_size` in bytes bounds
+    the tables kept in memory, over the whole chain; decompressed clusters may take a quarter as much beside it.
+
+    Raises any Qcow2Error but those about writing; OSError of the files. After an error no file is left open.
+    """
+    with ExitStack() as resources:
+        files = ChainFiles(
+            resources,
+            policy=policy,
+            base_directory=base_directory,
+            backing_format=backing_format,
+            force_share=force_share,
+        )
+        opened, bottom = _open_layers(files, path, data_file, backing_file, allow_damaged=allow_damaged)
+        layers = [Layer(*each, None, cache_size // len(opened), allow_damaged) for each in opened]
+        disk: GuestDisk | None = bottom
+        for layer in layers[:0:-1]:
+            disk = Image(replace(layer, backing=disk), ExitStack())
+        top = replace(layers[0], backing=disk)
+        found = None
+        if snapshot is not None:
+            found = find(read_snapshots(top.storage, top.header), snapshot, top.storage.path)
+            check_l1_table(found, top.storage, top.header, allow_damaged=allow_damaged)
+        return Image(top, resources.pop_all(), found)
+
+
+def _open_layers(
+    files: ChainFiles, path: Path, data_file: Path | None, backing_file: Path | None, *, allow_damaged: bool
+) -> tuple[list[_OpenedLayer], RawDisk | None]:
+    """The qcow2 layers from the top down, and the raw disk below them if there is one.
+
+    `data_file` and `backing_file` are those of the top image.
+    """
+    layers: list[_OpenedLayer] = []
+    storage = files.open_top(path)
+    while True:
+        header = _read_sound_header(storage, allow_damaged=allow_damaged)
+        data = files.open_data_file(header, storage, data_file)
+        layers.append(_OpenedLayer(header, storage, data or storage))
+        below = files.open_backing_file(header, storage, backing_file)
+        if below is None:
+            return layers, None
+        storage, backing_format = below
+        if backing_format == "raw":
+            return layers, RawDisk(storage)
+        data_file = backing_file = None
+
+
+def _read_sound_header(storage: Storage, *, allow_damaged: bool) -> Header:
+    """The header of an image whose guest data can be read."""
+    header = read_header(storage)
+    with about_file(storage.path):
+        for refusal in refusals(header):
+            raise refusal
+    if not allow_damaged:
+        check_tables(header, storage)
+        check_complete(header, storage)
+    return header

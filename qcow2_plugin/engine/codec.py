@@ -1,0 +1,115 @@
+"""Compressed clusters: from stored bytes to a whole cluster, and a small cache of the latest ones.
+
+The output of a decoder is bounded by the cluster size and its memory by a window limit, whatever the stream claims. A
+stream must give exactly one cluster; bytes behind its end belong to others and are ignored.
+
+Source: docs/interop/qcow2.rst, "Compressed Clusters Descriptor", and the header's compression type; RFC 1951, RFC 8878.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+
+from isal import igzip_lib
+
+from qcow2_plugin.errors import CorruptImageError
+from qcow2_plugin.format.header import CompressionType
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
+
+_IsalError: type[Exception] = igzip_lib.IsalError  # type: ignore[assignment]  # isal's stub calls it an instance
+_DEFLATE_WINDOW_BITS = 15
+"""Encoders keep to 12 bits; QEMU reads what reaches back further, and so do we."""
+_ZSTD_MAX_WINDOW_BITS = 23
+"""8 MiB, above what any encoder needs for a cluster of at most 2 MiB."""
+_MAX_ZSTD_FRAMES = 256
+"""Frames of one cluster; encoders write one. Each costs a look at all that follows it."""
+
+
+def decompress(stored: bytes | memoryview, method: CompressionType, cluster_size: int) -> bytes:
+    """The cluster of `cluster_size` bytes that `stored` begins with. Raises ValueError if there is none."""
+    return _DECODERS[method](stored, cluster_size)
+
+
+def _inflate(stored: bytes | memoryview, cluster_size: int) -> bytes:
+    decoder = igzip_lib.IgzipDecompressor(igzip_lib.DECOMP_DEFLATE, _DEFLATE_WINDOW_BITS)
+    try:
+        cluster = decoder.decompress(stored, cluster_size)
+    except _IsalError as error:
+        raise ValueError(f"deflate stream: {error}") from error
+    if len(cluster) != cluster_size:
+        raise ValueError(f"deflate stream of {len(cluster)} instead of {cluster_size} bytes")
+    return cluster
+
+
+def _unpack_zstd(stored: bytes | memoryview, cluster_size: int) -> bytes:
+    """One frame or several back to back; the last must be complete."""
+    options = {int(zstd.DecompressionParameter.window_log_max): _ZSTD_MAX_WINDOW_BITS}
+    frames: list[bytes] = []
+    missing = cluster_size
+    try:
+        while missing:
+            if len(frames) == _MAX_ZSTD_FRAMES:
+                raise ValueError(f"zstd stream of more than {_MAX_ZSTD_FRAMES} frames")
+            decoder = zstd.ZstdDecompressor(options=options)
+            frames.append(decoder.decompress(stored, missing))
+            missing -= len(frames[-1])
+            if not decoder.eof and (missing or decoder.decompress(b"", 1) or not decoder.eof):
+                raise ValueError(f"zstd frame is incomplete or longer than {cluster_size} bytes")
+            stored = decoder.unused_data
+    except zstd.ZstdError as error:
+        raise ValueError(f"zstd stream: {error}") from error
+    return frames[0] if len(frames) == 1 else b"".join(frames)
+
+
+_DECODERS: dict[CompressionType, Callable[[bytes | memoryview, int], bytes]] = {
+    CompressionType.DEFLATE: _inflate,
+    CompressionType.ZSTD: _unpack_zstd,
+}
+
+
+class ClusterCache:
+    """Decompressed clusters, the least recently used forgotten first.
+
+    A cluster is known by where its stored form is: host offset and stored length. The cache has a lock of its own,
+    never held while decompressing: two threads that miss the same cluster both work, and one result is kept.
+    """
+
+    def __init__(self, method: CompressionType, cluster_size: int, cache_size: int, path: str) -> None:
+        """`cache_size` in bytes bounds what is kept, but one cluster always may be."""
+        self._method = method
+        self._cluster_size = cluster_size
+        self._path = path
+        self._capacity = max(cache_size // self._cluster_size, 1)
+        self._clusters: OrderedDict[tuple[int, int], bytes] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def find(self, host_offset: int, stored_length: int) -> bytes | None:
+        """The cluster stored there, if it is kept."""
+        with self._lock:
+            cluster = self._clusters.get((host_offset, stored_length))
+            if cluster is not None:
+                self._clusters.move_to_end((host_offset, stored_length))
+            return cluster
+
+    def decompress(self, stored: bytes | memoryview, host_offset: int) -> bytes:
+        """Decompress the cluster stored at `host_offset`. Raises CorruptImageError."""
+        try:
+            return decompress(stored, self._method, self._cluster_size)
+        except ValueError as error:
+            raise CorruptImageError(
+                "compressed cluster", str(error), host_offset=host_offset, file=self._path
+            ) from error
+
+    def keep(self, host_offset: int, stored_length: int, cluster: bytes) -> None:
+        """Remember a cluster for `find`."""
+        with self._lock:
+            self._clusters[host_offset, stored_length] = cluster
+            if len(self._clusters) > self._capacity:
+                self._clusters.popitem(last=False)
