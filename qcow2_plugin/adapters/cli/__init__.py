@@ -1,0 +1,77 @@
+"""The `qcow2` command: a parser, one module per verb, and how failures end.
+
+Exit codes: 0 done, 1 failed (one line on stderr says why), 2 wrong usage, 3 refused by `vet`, 130 interrupted, 141 the
+reader went away; `serve` ends with the code of nbdkit or of its command.
+A verb's module is light to import; what its work needs is imported when it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from qcow2_plugin.adapters.cli import info, map, serve, text, vet
+from qcow2_plugin.errors import Qcow2Error
+
+_FAILED = 1
+_INTERRUPTED = 130
+_READER_GONE = 141
+_EXAMPLES = """\
+examples:
+  qcow2 info disk.qcow2                 what the image says about itself
+  qcow2 map --output=json disk.qcow2    where every byte comes from, as qemu-img tells it
+  qcow2 serve disk.qcow2                serve it over NBD until Ctrl-C
+  qcow2 vet upload.qcow2                may this image from a stranger be opened?
+
+Each verb has its own help: qcow2 VERB --help
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command with these arguments (by default those of the process); the exit code.
+
+    Raises SystemExit for wrong usage (2) and --help (0).
+    """
+    text.prepare_streams()
+    arguments = _parser().parse_args(argv)
+    try:
+        status: int = arguments.start(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        text.discard_stdout()
+        return _READER_GONE
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    except (Qcow2Error, OSError, MemoryError) as error:
+        text.fail(error)
+        return _FAILED
+    return status
+
+
+class _Version(argparse.Action):
+    """--version; asks for the version only when it is wanted, because that takes longer than starting."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str | None = None) -> None:
+        super().__init__(option_strings, dest, nargs=0, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        from importlib.metadata import version
+
+        print(f"qcow2 {version('qcow2-plugin')}")
+        parser.exit()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="qcow2",
+        description="Look into qcow2 disk images and serve them, without QEMU. Images are only read, never changed.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action=_Version, help="print the version and end")
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+    for verb in (info, map, serve, vet):
+        verb.add_to(verbs)
+    return parser
