@@ -56,6 +56,7 @@ def test_help_shows_examples(arguments: tuple[str, ...]) -> None:
         ("serve", "--port=65536", "x"),
         ("serve", "--threads=0", "x"),
         ("serve", "--port=1", "--socket=s", "x"),
+        ("serve", "--address=0.0.0.0", "x"),
     ],
     ids=" ".join,
 )

@@ -58,14 +58,14 @@ def add_to(verbs: text.Verbs) -> None:
         "--cache-size", type=text.parse_size, metavar="SIZE", help="memory for mapping tables (default: 32M)"
     )
     text.add_image(parser)
-    parser.set_defaults(start=_run)
+    parser.set_defaults(start=_run, usage_error=parser.error)
 
 
 def _run(arguments: argparse.Namespace) -> int:
     from qcow2_plugin.adapters.cli import server
 
     if arguments.address is not None and arguments.port is None:
-        raise SystemExit("qcow2 serve: error: --address goes with --port")
+        arguments.usage_error("--address goes with --port")
     return server.serve(
         _parameters(arguments),
         socket=arguments.socket,
