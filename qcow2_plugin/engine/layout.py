@@ -16,7 +16,7 @@ import itertools
 import numpy as np
 
 from qcow2_plugin.engine.header import read_structure
-from qcow2_plugin.engine.tables import TableSource
+from qcow2_plugin.engine.tables import entry_rules
 from qcow2_plugin.errors import CorruptImageError, TruncatedImageError
 from qcow2_plugin.format import entries
 from qcow2_plugin.format.header import Header, Table
@@ -59,7 +59,7 @@ def check_complete(header: Header, storage: Storage) -> None:
     """
     if not header.dirty and _end_of_use(header, storage) <= storage.size():
         return
-    rules = TableSource.of(header, storage, None, allow_damaged=False).rules
+    rules = entry_rules(header)
     for table_offset in _distinct_l2_tables(header, storage):
         table = read_structure(storage, "L2 table", table_offset, header.geometry.cluster_size)
         if header.has_data_file:

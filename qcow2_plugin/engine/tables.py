@@ -72,16 +72,21 @@ class TableSource:
     @classmethod
     def of(cls, header: Header, storage: Storage, snapshot: Snapshot | None, *, allow_damaged: bool) -> TableSource:
         """The tables of the active disk, or of the disk as `snapshot` keeps it."""
-        has_zero_flag = header.version > 2 and not header.extended_l2
         return cls(
             storage,
             header.l1_table_offset if snapshot is None else snapshot.l1_table_offset,
             header.l1_size if snapshot is None else snapshot.l1_size,
             header.virtual_size if snapshot is None else snapshot.virtual_size(header.virtual_size),
-            EntryRules(header.geometry, has_zero_flag, header.has_data_file),
+            entry_rules(header),
             header.tables,
             allow_damaged,
         )
+
+
+def entry_rules(header: Header) -> EntryRules:
+    """What decides the meaning of the entries in the tables of an image with this header."""
+    has_zero_flag = header.version > 2 and not header.extended_l2
+    return EntryRules(header.geometry, has_zero_flag, header.has_data_file)
 
 
 class Slice(NamedTuple):
