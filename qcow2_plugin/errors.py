@@ -106,6 +106,12 @@ class TruncatedImageError(CorruptImageError):
     """A structure or guest cluster lies past the end of the file: part of the image is missing."""
 
 
+class OptionError(Qcow2Error):
+    """An option was given a value that it cannot have, or options contradict each other; nothing was changed."""
+
+    errno = errno.EINVAL
+
+
 class ReferenceDeniedError(Qcow2Error):
     """The policy does not allow opening a file that the image names."""
 
@@ -122,6 +128,16 @@ class ReadOnlyImageError(Qcow2Error):
     """A change was asked of an image that is open read-only."""
 
     errno = errno.EPERM
+
+
+class FailedImageError(Qcow2Error):
+    """The image takes no changes any more, because an earlier failure left open what of it is durable or right."""
+
+
+class ResizeError(Qcow2Error):
+    """The disk cannot get the size that was asked for."""
+
+    errno = errno.EINVAL
 
 
 class OutOfRangeError(Qcow2Error):

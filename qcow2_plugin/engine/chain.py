@@ -1,7 +1,8 @@
 """Opening an image with everything below it: header, data file, backing chain.
 
 A chain is opened from the top down, one layer at a time (`files`), and built from the bottom up. Each file is locked
-when it is opened and its header is read only after that, so no header can change in between.
+when it is opened and its header is read only after that, so no header can change in between. Opening changes no byte,
+not even for writing, and an image that must not be written to is refused.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from qcow2_plugin.engine.image import Image, Layer
 from qcow2_plugin.engine.layout import check_complete, check_tables
 from qcow2_plugin.engine.raw import RawDisk
 from qcow2_plugin.engine.snapshots import check_l1_table, find, read_snapshots
-from qcow2_plugin.errors import about_file
+from qcow2_plugin.errors import ReadOnlyImageError, about_file
 from qcow2_plugin.extent import GuestDisk
 from qcow2_plugin.format.header import Header
+from qcow2_plugin.format.snapshots import Snapshot
 from qcow2_plugin.storage import Storage
 from qcow2_plugin.storage.opener import Policy
 
@@ -38,6 +40,7 @@ class _OpenedLayer(NamedTuple):
 def open_image(
     path: Path,
     *,
+    writable: bool = False,
     policy: Policy = Policy.CONFINED,
     snapshot: str | bytes | None = None,
     data_file: Path | None = None,
@@ -48,7 +51,10 @@ def open_image(
     force_share: bool = False,
     cache_size: int = DEFAULT_CACHE_SIZE,
 ) -> Image:
-    """Open a qcow2 image for reading, with its data file and backing chain.
+    """Open a qcow2 image with its data file and backing chain, for reading or, if `writable`, for writing as well.
+
+    To be written, the image must be sound, neither it nor its data file may be in use by anybody else, and none of
+    `snapshot`, `allow_damaged` and `force_share` may be asked for. Backing files are never written.
 
     `policy` decides which of the files that the image names are opened; `data_file` and `backing_file` name them
     instead. `backing_format` ("qcow2" or "raw") is for backing files whose format is not recorded. Relative names in
@@ -57,31 +63,87 @@ def open_image(
     refusing it. `force_share` reads although another program may write to the files. `cache_size` in bytes bounds
     the tables kept in memory, over the whole chain; decompressed clusters may take a quarter as much beside it.
 
-    Raises any Qcow2Error but those about writing; OSError of the files. After an error no file is left open.
+    Raises any Qcow2Error; OSError of the files. After an error no file is left open.
     """
+    if writable:
+        _refuse_options(path, snapshot=snapshot is not None, allow_damaged=allow_damaged, force_share=force_share)
     with ExitStack() as resources:
         files = ChainFiles(
             resources,
             policy=policy,
+            writable=writable,
             base_directory=base_directory,
             backing_format=backing_format,
             force_share=force_share,
         )
-        opened, bottom = _open_layers(files, path, data_file, backing_file, allow_damaged=allow_damaged)
+        opened, bottom = _open_layers(
+            files, path, data_file, backing_file, writable=writable, allow_damaged=allow_damaged
+        )
         layers = [Layer(*each, None, cache_size // len(opened), allow_damaged) for each in opened]
         disk: GuestDisk | None = bottom
         for layer in layers[:0:-1]:
             disk = Image(replace(layer, backing=disk), ExitStack())
         top = replace(layers[0], backing=disk)
-        found = None
-        if snapshot is not None:
-            found = find(read_snapshots(top.storage, top.header), snapshot, top.storage.path)
-            check_l1_table(found, top.storage, top.header, allow_damaged=allow_damaged)
-        return Image(top, resources.pop_all(), found)
+        kept = ExitStack()
+        image = _writable_image(top, kept) if writable else Image(top, kept, _snapshot_of(top, snapshot))
+        kept.push(resources.pop_all())  # not before there is an image to close them
+        return image
+
+
+def _snapshot_of(layer: Layer, wanted: str | bytes | None) -> Snapshot | None:
+    if wanted is None:
+        return None
+    found = find(read_snapshots(layer.storage, layer.header), wanted, layer.storage.path)
+    check_l1_table(found, layer.storage, layer.header, allow_damaged=layer.allow_damaged)
+    return found
+
+
+def _writable_image(layer: Layer, resources: ExitStack) -> Image:
+    from qcow2_plugin.engine.writable import WritableImage  # who only reads need not wait for it
+
+    return WritableImage(layer, resources)
+
+
+def check_writable(header: Header, storage: Storage) -> None:
+    """Raises unless the image with this header, which can be read, may be written to as well.
+
+    Raises ReadOnlyImageError with what to do instead; CorruptImageError or TruncatedImageError unless each table that
+    the header names has a place of its own in the file.
+    """
+    if header.corrupt:
+        raise ReadOnlyImageError(
+            "the image is marked as corrupt and not written to; repair it first with 'qemu-img check -r all'",
+            file=storage.path,
+        )
+    if header.data_file_raw and header.backing_file is not None:
+        raise ReadOnlyImageError(
+            "the image has a backing file, and a data file that is to hold the whole disk (raw data file bit), which "
+            "cannot both be; it is not written to; copy it to a new image with 'qemu-img convert'",
+            file=storage.path,
+        )
+    check_tables(header, storage, with_bitmaps=True)
+
+
+def _refuse_options(path: Path, **asked: bool) -> None:
+    """Raises ReadOnlyImageError if an option is asked for that is for reading only."""
+    reasons = {
+        "snapshot": "an internal snapshot never changes; open it for reading, or the active disk for writing",
+        "allow_damaged": "what is missing of it must not be written over; open it for reading, or repair it first",
+        "force_share": "two programs that write to an image destroy it; stop the other one, or open it for reading",
+    }
+    for option, is_asked in asked.items():
+        if is_asked:
+            raise ReadOnlyImageError(f"{option} is for reading only: {reasons[option]}", file=os.fspath(path))
 
 
 def _open_layers(
-    files: ChainFiles, path: Path, data_file: Path | None, backing_file: Path | None, *, allow_damaged: bool
+    files: ChainFiles,
+    path: Path,
+    data_file: Path | None,
+    backing_file: Path | None,
+    *,
+    writable: bool,
+    allow_damaged: bool,
 ) -> tuple[list[_OpenedLayer], RawDisk | None]:
     """The qcow2 layers from the top down, and the raw disk below them if there is one.
 
@@ -91,6 +153,8 @@ def _open_layers(
     storage = files.open_top(path)
     while True:
         header = _read_sound_header(storage, allow_damaged=allow_damaged)
+        if writable and not layers:
+            check_writable(header, storage)
         data = files.open_data_file(header, storage, data_file)
         layers.append(_OpenedLayer(header, storage, data or storage))
         below = files.open_backing_file(header, storage, backing_file)

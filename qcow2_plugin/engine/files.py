@@ -1,5 +1,7 @@
 """The files of one backing chain, opened one after the other from the top down.
 
+Only the top image and its data file are ever opened for writing: what lies below may be shared with other overlays.
+
 Every name that an image brings goes through the opener, seen from the top image's directory, so that a confined chain
 as a whole stays below it. No file may appear twice, whatever its names, which rules out loops; and no format is
 guessed, because whoever fills a raw disk chooses what its first bytes look like.
@@ -9,12 +11,13 @@ from __future__ import annotations
 
 import os
 from contextlib import ExitStack
+from functools import partial
 
 from qcow2_plugin.errors import MissingReferenceError, ReferenceDeniedError, UnsupportedFeatureError, printable
 from qcow2_plugin.format.header import Header
 from qcow2_plugin.storage import Storage
 from qcow2_plugin.storage.file import FileStorage
-from qcow2_plugin.storage.opener import Policy, open_given, open_reference
+from qcow2_plugin.storage.opener import Identity, Policy, open_given, open_reference
 
 MAX_DEPTH = 64
 """Layers of a chain, the top one and a raw bottom included."""
@@ -25,8 +28,9 @@ Path = str | os.PathLike[str]
 class ChainFiles:
     """Opens the files of one chain and keeps them in `resources`.
 
-    `policy` is for names found in images, which start at `base_directory` (None: the top image's directory).
-    `backing_format` is for backing files whose format is not recorded.
+    `writable` opens the top image and its data file for writing, too, and `force_share` has no say in that. `policy` is
+    for names found in images, which start at `base_directory` (None: the top image's directory). `backing_format` is
+    for backing files whose format is not recorded.
     """
 
     def __init__(
@@ -34,17 +38,19 @@ class ChainFiles:
         resources: ExitStack,
         *,
         policy: Policy,
+        writable: bool = False,
         base_directory: Path | None = None,
         backing_format: str | None = None,
         force_share: bool = False,
     ) -> None:
         self._resources = resources
         self._policy = policy
+        self._writable = writable
         self._directory = None if base_directory is None else os.fspath(base_directory)
         self._below = b""
         self._backing_format = backing_format
         self._force_share = force_share
-        self._roles: dict[tuple[int, int], str] = {}
+        self._roles: dict[Identity, str] = {}
         self._depth = 1
 
     def open_top(self, path: Path) -> FileStorage:
@@ -114,7 +120,10 @@ class ChainFiles:
         return backing_format
 
     def _open_given(self, path: Path, role: str) -> FileStorage:
-        return self._keep(open_given(path, force_share=self._force_share), role)
+        opened = open_given(
+            path, writable=self._opens_writable, force_share=self._force_share, vet=partial(self._refuse_twice, role)
+        )
+        return self._keep(opened, role)
 
     def _open_named(self, name: bytes, role: str, image: Storage) -> FileStorage:
         opened = open_reference(
@@ -124,14 +133,22 @@ class ChainFiles:
             directory=self._directory or "",
             below=self._below,
             referrer=image.path,
+            writable=self._opens_writable,
             force_share=self._force_share,
+            vet=partial(self._refuse_twice, role),
         )
         return self._keep(opened, role)
 
+    @property
+    def _opens_writable(self) -> bool:
+        return self._writable and self._depth == 1
+
+    def _refuse_twice(self, role: str, identity: Identity, path: str) -> None:
+        earlier = self._roles.get(identity)
+        if earlier is not None:
+            raise ReferenceDeniedError(f"the {role} is the same file as the {earlier} above it", file=path)
+
     def _keep(self, storage: FileStorage, role: str) -> FileStorage:
         self._resources.callback(storage.close)
-        earlier = self._roles.get(storage.identity)
-        if earlier is not None:
-            raise ReferenceDeniedError(f"the {role} is the same file as the {earlier} above it", file=storage.path)
         self._roles[storage.identity] = role
         return storage

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -28,12 +28,12 @@ from qcow2_plugin.engine.dirty import DirtyBitmap
 from qcow2_plugin.engine.mapping import Mapping
 from qcow2_plugin.engine.tables import RUN_MASK, Tables, TableSource
 from qcow2_plugin.engine.through import through_backing
-from qcow2_plugin.errors import ImageClosedError, OutOfRangeError
+from qcow2_plugin.errors import ImageClosedError, OutOfRangeError, ReadOnlyImageError
 from qcow2_plugin.extent import Extent, ExtentKind, GuestDisk, clear, merge
 from qcow2_plugin.format.bitmaps import Bitmap
 from qcow2_plugin.format.header import Header
 from qcow2_plugin.format.snapshots import Snapshot
-from qcow2_plugin.storage import Storage
+from qcow2_plugin.storage import Buffer, Storage
 
 _MAX_FETCH = 2 << 20
 """Bytes of compressed clusters read together; one cluster may be more."""
@@ -66,23 +66,30 @@ class Image:
     def __init__(self, layer: Layer, resources: ExitStack, snapshot: Snapshot | None = None) -> None:
         """`resources` is closed with the image."""
         header = layer.header
-        self.header = header
         self.layer = layer
         self._resources = resources
         self._lock = threading.Lock()
         self._closed = False
         source = TableSource.of(header, layer.storage, snapshot, allow_damaged=layer.allow_damaged)
         self.virtual_size = source.virtual_size
-        self._tables = Tables(source, layer.cache_size)
-        self._mapping = Mapping(self._tables)
+        self._use(Mapping(Tables(source, layer.cache_size)))
         cluster_size = header.geometry.cluster_size
         self._clusters = ClusterCache(header.compression_type, cluster_size, layer.cache_size // 4, layer.storage.path)
-        self._lane = self._tables.lane
-        self._lane_bits = self._tables.slice_bits
-        self._lane_mask = self._tables.slice_entries - 1
         self._cluster_bits = header.cluster_bits
         self._cluster_mask = header.geometry.cluster_size - 1
         self._read_data = layer.data.read_into
+
+    def _use(self, mapping: Mapping) -> None:
+        self._mapping = mapping
+        tables = mapping.tables
+        self._lane = tables.lane
+        self._lane_bits = tables.slice_bits
+        self._lane_mask = tables.slice_entries - 1
+
+    @property
+    def header(self) -> Header:
+        """The header as it is now."""
+        return self.layer.header
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fill `buffer` (of bytes) from guest `offset`; no alignment is needed, the range must lie inside the disk.
@@ -99,7 +106,8 @@ class Image:
         if within + len(buffer) <= clusters_in_line << self._cluster_bits:
             self._read_data(buffer, lane_word - clusters_in_line + within)
         else:
-            self._read_extents(memoryview(buffer).cast("B"), offset)
+            view = memoryview(buffer).cast("B")
+            self._read_extents(view, offset, self._resolve(offset, len(view)))
 
     def pread(self, length: int, offset: int) -> bytes:
         """`length` bytes from guest `offset`. Raises as `read_into` does."""
@@ -117,10 +125,13 @@ class Image:
         """
         length = self.virtual_size - offset if length is None else length
         self._require_range(offset, length)
-        own = merge(self._mapping.runs(offset, length))
+        own = merge(self._runs(offset, length))
         if not whole_chain or self.layer.backing is None:
             return own
         return merge(through_backing(own, self.layer.backing, offset + length))
+
+    def _runs(self, offset: int, length: int) -> Iterator[Extent]:
+        return self._mapping.runs(offset, length)
 
     def dirty_extents(self, bitmap: str | bytes) -> Iterator[Extent]:
         """The extents of all ranges that a persistent dirty bitmap marks, ascending, made lazily.
@@ -180,11 +191,55 @@ class Image:
         elif extent.kind is ExtentKind.DATA and extent.host_offset is not None:
             self.layer.data.prefetch(extent.host_offset, extent.length)
 
+    def write_from(self, buffer: Buffer, offset: int, *, durable: bool = False) -> None:
+        """Write `buffer` to guest `offset`; no alignment is needed, the range must lie inside the disk.
+
+        Safe after a crash once `flush` has returned, or this call with `durable`. Raises ReadOnlyImageError unless
+        the image was opened for writing; OutOfRangeError, CorruptImageError, TruncatedImageError, FailedImageError,
+        ImageClosedError; OSError of the files (ENOSPC, EIO, ...). After an error each byte is old or new.
+        """
+        raise self._read_only()
+
+    def pwrite(self, data: Buffer, offset: int, *, durable: bool = False) -> None:
+        """`write_from` by the name that pairs with `pread`."""
+        self.write_from(data, offset, durable=durable)
+
+    def write_zeroes(self, offset: int, length: int, *, may_unmap: bool = True, only_fast: bool = False) -> None:
+        """Make a guest range read as zeros. Without `may_unmap` what is allocated stays so.
+
+        With `only_fast` it is OSError with ENOTSUP, before anything changes, if zeros would have to be written as
+        data. Raises as `write_from` does.
+        """
+        raise self._read_only()
+
+    def discard(self, offset: int, length: int) -> None:
+        """Give back the clusters that lie whole in a guest range, or end the disk; they read as zeros after. What is
+        of other clusters stays as it is. Raises as `write_from` does."""
+        raise self._read_only()
+
+    def flush(self) -> None:
+        """Everything whose call has returned survives a crash from now on. Raises as `write_from` does.
+
+        After a failure of the storage to make data durable the image takes no more changes.
+        """
+        raise self._read_only()
+
+    def resize(self, virtual_size: int, *, allow_shrink: bool = False, preallocation: str = "off") -> None:
+        """Change the size of the disk, to whole sectors, durably. What is added reads as zeros.
+
+        `preallocation` is "off", "metadata", "falloc" or "full", as for `create_image`. Raises as `write_from` does;
+        ResizeError if the image cannot have that size, or would lose data and `allow_shrink` does not say so.
+        """
+        raise self._read_only()
+
+    def _read_only(self) -> ReadOnlyImageError:
+        return ReadOnlyImageError("the image is not open for writing", file=self.layer.storage.path)
+
     def close(self) -> None:
         """Give back files and locks; requests must have ended. A second call does nothing."""
         self._closed = True
         with self._lock:
-            self._tables.forget()
+            self._mapping.tables.forget()
         self._resources.close()
 
     def __enter__(self) -> Self:
@@ -209,8 +264,9 @@ class Image:
         with self._lock:
             return self._mapping.resolve(offset, length)
 
-    def _read_extents(self, view: memoryview, offset: int) -> None:
-        for is_compressed, group in itertools.groupby(self._resolve(offset, len(view)), _is_compressed):
+    def _read_extents(self, view: memoryview, offset: int, extents: Iterable[Extent]) -> None:
+        """Fill `view` from guest `offset`, of which `extents` tell."""
+        for is_compressed, group in itertools.groupby(extents, _is_compressed):
             if is_compressed:
                 self._read_compressed(view, offset, list(group))
                 continue

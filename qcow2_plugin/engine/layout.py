@@ -17,7 +17,7 @@ import numpy as np
 
 from qcow2_plugin.engine.header import read_structure
 from qcow2_plugin.engine.tables import entry_rules
-from qcow2_plugin.errors import CorruptImageError, TruncatedImageError
+from qcow2_plugin.errors import CorruptImageError, TruncatedImageError, about_file
 from qcow2_plugin.format import entries
 from qcow2_plugin.format.header import Header, Table
 from qcow2_plugin.format.refcounts import REFCOUNT_TABLE_OFFSET_MASK, last_used
@@ -32,11 +32,17 @@ _MAX_EMPTY_BLOCKS = 64
 """Refcount blocks without any use looked at, from the last one down."""
 
 
-def check_tables(header: Header, storage: Storage) -> None:
+def check_tables(header: Header, storage: Storage, *, with_bitmaps: bool = False) -> None:
     """Raises CorruptImageError or TruncatedImageError unless the tables that the header names are in the file, behind
-    the header cluster, and do not overlap."""
+    the header cluster, and do not overlap.
+
+    `with_bitmaps` counts the bitmap directory among them. Of the snapshot table only the least length is known.
+    """
     file_size = storage.size()
     tables = header.tables
+    if with_bitmaps:
+        with about_file(storage.path):
+            tables += () if header.bitmaps is None else (header.bitmaps.table,)
     for table in tables:
         if table.host_offset < header.geometry.cluster_size:
             raise _corrupt(table, "lies inside the header cluster", storage)

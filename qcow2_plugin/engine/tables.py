@@ -24,7 +24,6 @@ What the entries mean is `format.entries`; which bytes of the guest they map is 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -89,13 +88,18 @@ def entry_rules(header: Header) -> EntryRules:
     return EntryRules(header.geometry, has_zero_flag, header.has_data_file)
 
 
-class Slice(NamedTuple):
+@dataclass(slots=True, eq=False)
+class Slice:
     """Part of an L2 table. `words` are native-endian: one per cluster, with extended L2 two (entry, bitmap)."""
 
     words: memoryview
     lane: memoryview
     host_offset: int
     """Where the slice begins in the image file; 0 if there is no L2 table."""
+    write_lane: memoryview | None = None
+    """As `lane`, for clusters that may be written in place; made by `written_tables` when it is asked for."""
+    is_own: bool = False
+    """Nobody else refers to the L2 table, so its entries may be changed in place."""
 
 
 class Tables:
@@ -213,7 +217,7 @@ class Tables:
         else:
             direct &= (host_offsets != 0) & (host_offsets <= source.storage.size() - geometry.cluster_size)
         direct[max((source.virtual_size >> geometry.cluster_bits) - first_cluster, 0) :] = False
-        return np.where(direct, host_offsets | _run_lengths(direct, host_offsets, geometry.cluster_size), 0)
+        return lane_words(direct, host_offsets, geometry.cluster_size)
 
     def _keep(self, key: int, kept: Slice) -> None:
         if self._young_size >= self._generation_size:
@@ -224,6 +228,13 @@ class Tables:
         self._young[key] = kept
         self._young_size += _MISSING_OVERHEAD if kept is self._missing else self._slice_cost
         self.lane[key] = kept.lane
+
+
+def lane_words(
+    direct: npt.NDArray[np.bool_], host_offsets: npt.NDArray[np.int64], cluster_size: int
+) -> npt.NDArray[np.int64]:
+    """A lane that has the clusters which are `direct`."""
+    return np.where(direct, host_offsets | _run_lengths(direct, host_offsets, cluster_size), 0)
 
 
 def _run_lengths(

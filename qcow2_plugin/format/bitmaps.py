@@ -21,6 +21,8 @@ _MIN_GRANULARITY_BITS = 9
 _MAX_GRANULARITY_BITS = 31
 
 _FIXED = struct.Struct(">QIIBBHI")
+TABLE_OFFSET_AT, TABLE_ENTRIES_AT, FLAGS_AT = 0, 8, 12
+"""Where in a directory entry the fields of 8, 4 and 4 bytes are that change in place."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +130,16 @@ def pack_directory(bitmaps: Iterable[Bitmap]) -> bytes:
         packed += bitmap.extra + bitmap.name
         packed += bytes(-len(packed) % 8)
     return bytes(packed)
+
+
+def entry_offsets(bitmaps: Iterable[Bitmap]) -> list[int]:
+    """Where each entry begins in the directory that holds these bitmaps in this order; multiples of 8."""
+    offsets: list[int] = []
+    end = 0
+    for bitmap in bitmaps:
+        offsets.append(end)
+        end += _FIXED.size + len(bitmap.extra) + len(bitmap.name) + 7 & ~7
+    return offsets
 
 
 def _check_entry(bitmap: Bitmap, index: int, cluster_size: int) -> None:

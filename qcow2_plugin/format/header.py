@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import enum
 import struct
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from qcow2_plugin.errors import CorruptImageError, NotQcow2Error, UnsupportedFeatureError, printable
+from qcow2_plugin.errors import CorruptImageError, NotQcow2Error, OptionError, UnsupportedFeatureError, printable
 from qcow2_plugin.format import geometry as limits
 from qcow2_plugin.format.geometry import Geometry
 from qcow2_plugin.format.snapshots import MIN_ENTRY_SIZE as MIN_SNAPSHOT_ENTRY_SIZE
@@ -22,6 +22,8 @@ from qcow2_plugin.format.snapshots import MIN_ENTRY_SIZE as MIN_SNAPSHOT_ENTRY_S
 MAGIC = 0x514649FB
 V2_HEADER_LENGTH = 72
 V3_HEADER_LENGTH = 104
+NEW_HEADER_LENGTH = 112
+"""With the compression type, as QEMU writes it."""
 
 INCOMPATIBLE_DIRTY = 1 << 0
 INCOMPATIBLE_CORRUPT = 1 << 1
@@ -46,7 +48,18 @@ _EXTENSION = struct.Struct(">II")
 _BITMAPS = struct.Struct(">IIQQ")
 _ENCRYPTION = struct.Struct(">QQ")
 _FEATURE_NAME = struct.Struct(">BB46s")
-_MAX_BACKING_FORMAT_LENGTH = 15
+_MIN_CLUSTER_BITS_WITH_FEATURE_NAMES = 13
+_FEATURE_NAMES = (
+    (0, 0, b"dirty bit"),
+    (0, 1, b"corrupt bit"),
+    (0, 2, b"external data file"),
+    (0, 3, b"compression type"),
+    (0, 4, b"extended L2 entries"),
+    (1, 0, b"lazy refcounts"),
+    (2, 0, b"bitmaps"),
+    (2, 1, b"raw external data"),
+)
+"""Kind (incompatible, compatible, autoclear), bit, name."""
 
 
 class EncryptionMethod(enum.IntEnum):
@@ -256,6 +269,34 @@ class Header:
             packed += bytes(self.backing_file_offset - len(packed)) + self.backing_file
         return bytes(packed)
 
+    def with_names(
+        self, *, backing_file: bytes | None, backing_format: bytes | None, data_file: bytes | None
+    ) -> Header:
+        """This header with these names as its only extensions, beside the table of feature names.
+
+        In QEMU's order and places: nothing but the end marker is between the extensions and the backing file's name,
+        and there is no table of feature names where clusters are so small that it could crowd out a name. Raises
+        OptionError if the header cluster has no room for it all.
+        """
+        extensions = []
+        if backing_format is not None:
+            extensions.append(_extension(EXTENSION_BACKING_FORMAT, backing_format))
+        if data_file is not None:
+            extensions.append(_extension(EXTENSION_DATA_FILE, data_file))
+        if self.version > 2 and self.cluster_bits >= _MIN_CLUSTER_BITS_WITH_FEATURE_NAMES:
+            table = b"".join(_FEATURE_NAME.pack(*name) for name in _FEATURE_NAMES)
+            extensions.append(_extension(EXTENSION_FEATURE_NAMES, table))
+        bare = replace(self, backing_file=None, backing_file_offset=0, extensions=tuple(extensions))
+        end = len(bare.pack())
+        if end + len(backing_file or b"") > self.geometry.cluster_size:
+            raise OptionError(
+                f"a header cluster of {self.geometry.cluster_size} bytes has no room for the names of the other files; "
+                "take larger clusters, or shorter names"
+            )
+        if backing_file is None:
+            return bare
+        return replace(bare, backing_file=backing_file, backing_file_offset=end)
+
     @property
     def virtual_size(self) -> int:
         """Bytes that the guest sees: the stored size rounded down to whole sectors, as QEMU does."""
@@ -387,7 +428,7 @@ class Header:
             raise _corrupt(f"compression type {self.compression_type} disagrees with the feature bits", 104)
 
     def _check_extensions(self) -> None:
-        if len(self.backing_format or b"") > _MAX_BACKING_FORMAT_LENGTH:
+        if len(self.backing_format or b"") > limits.MAX_BACKING_FORMAT_LENGTH:
             raise CorruptImageError("backing format header extension", "is longer than 15 bytes")
         data = self.extension_data(EXTENSION_ENCRYPTION)
         is_luks = self.encryption_method is EncryptionMethod.LUKS
@@ -400,6 +441,10 @@ class Header:
         offset, length = _ENCRYPTION.unpack(data)
         if not offset or not self._is_table_offset(offset, length):
             raise CorruptImageError("encryption header extension", f"points to host offset {offset:#x}")
+
+
+def _extension(extension_type: int, data: bytes) -> HeaderExtension:
+    return HeaderExtension(extension_type, data, bytes(-len(data) % 8))
 
 
 def _corrupt(detail: str, host_offset: int | None = None) -> CorruptImageError:

@@ -1,27 +1,32 @@
-"""A local file as storage: a descriptor, and the system calls that read it.
+"""A local file as storage: a descriptor, and the system calls that read and change it.
 
 Owns the descriptor from the moment it is constructed. Refuses to know names (`opener` opens, `path` is for messages
 only) and never relies on the file position, so that threads share the descriptor freely.
 
-`read_into` is the hottest function of the package: one `preadv` into the caller's buffer and one comparison. What is
-rare (a short read, the end of the file) lives in a function of its own.
+`read_into` is the hottest function of the package: one `preadv` into the caller's buffer and one comparison, and
+`write_from` is made like it. What is rare (a short read or write, the end of the file) lives in functions of their own.
 """
 
 from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from os import preadv
+from os import preadv, pwritev
 
 from qcow2_plugin.extent import clear
+from qcow2_plugin.storage import Buffer
+from qcow2_plugin.storage.space import punch_hole, zero_range
 
 _CANNOT_TELL_HOLES = frozenset({errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS})
+_MAX_BUFFERS = os.sysconf("SC_IOV_MAX")
+"""How many `pwritev` takes at once."""
+_ZEROS = memoryview(bytes(1 << 20))  # never touched by anybody, so it takes no memory
 
 
 class FileStorage:
-    """A regular file or block device, open for reading; keeps the `Storage` protocol."""
+    """A regular file or block device; keeps the `Storage` protocol and, if open for writing, `WritableStorage`."""
 
     __slots__ = ("_fd", "identity", "path")
 
@@ -101,8 +106,83 @@ class FileStorage:
         with suppress(OSError, OverflowError):  # by contract: whoever reads the range will hear of its troubles
             os.posix_fadvise(self._fd, offset, length, os.POSIX_FADV_WILLNEED)
 
+    def write_from(self, buffer: Buffer, host_offset: int) -> None:
+        """Write all of `buffer` (bytes, format "B") at `host_offset`."""
+        count = pwritev(self._fd, (buffer,), host_offset)
+        if count != len(buffer):
+            self._write_rest((buffer,), count, host_offset)
+
+    def write_vector(self, buffers: Sequence[Buffer], host_offset: int) -> None:
+        """Write all of `buffers` (bytes, format "B"), however many, one after the other from `host_offset`."""
+        for first in range(0, len(buffers), _MAX_BUFFERS):
+            some = buffers[first : first + _MAX_BUFFERS]
+            length = sum(map(len, some))
+            count = pwritev(self._fd, some, host_offset)
+            if count != length:
+                self._write_rest(some, count, host_offset)
+            host_offset += length
+
+    def _write_rest(self, buffers: Iterable[Buffer], count: int, host_offset: int) -> None:
+        """Write what is left of `buffers` after their first `count` bytes, of which no byte is no progress."""
+        while rest := _rest(buffers, count):
+            if not count:
+                raise OSError(errno.EIO, "the system writes nothing", self.path)
+            host_offset += count
+            buffers = rest
+            count = pwritev(self._fd, rest, host_offset)
+
+    def write_zeroes(self, host_offset: int, length: int, *, may_punch: bool) -> None:
+        """Make a range read as zeros without moving the end; with `may_punch` its space is given back."""
+        length = self._inside(host_offset, length)
+        if not length:
+            return
+        if may_punch and punch_hole(self._fd, host_offset, length):
+            return
+        if zero_range(self._fd, host_offset, length):
+            return
+        for done in range(0, length, len(_ZEROS)):
+            self.write_from(_ZEROS[: length - done], host_offset + done)
+
+    def punch(self, host_offset: int, length: int) -> None:
+        """Give back the space of a range that nobody needs, where the system can."""
+        length = self._inside(host_offset, length)
+        if length:
+            punch_hole(self._fd, host_offset, length)
+
+    def _inside(self, host_offset: int, length: int) -> int:
+        """How much of a range lies in front of the end."""
+        return max(min(length, self.size() - host_offset), 0)
+
+    def truncate(self, size: int) -> None:
+        """Move the end to `size`; what is new in front of it reads as zeros. Not for block devices (EINVAL)."""
+        os.ftruncate(self._fd, size)
+
+    def preallocate(self, host_offset: int, length: int) -> None:
+        """Get space for a range, moving the end to cover it. Not for block devices (ENODEV)."""
+        if length > 0:
+            os.posix_fallocate(self._fd, host_offset, length)
+
+    def barrier(self) -> None:
+        """Return when everything written before is durable."""
+        if self._fd < 0:  # to which Python says ValueError here, and only here
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        os.fdatasync(self._fd)
+
     def close(self) -> None:
         """Give back the file and its locks; a second call does nothing. No other call may be running."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
+
+
+def _rest(buffers: Iterable[Buffer], count: int) -> list[memoryview]:
+    """What is left of `buffers` after their first `count` bytes."""
+    rest = []
+    for buffer in buffers:
+        view = memoryview(buffer)
+        if view.nbytes != len(view):
+            raise TypeError(f"a buffer must be of bytes, not of format {view.format!r}")
+        if count < len(view):
+            rest.append(view[count:])
+        count = max(count - len(view), 0)
+    return rest

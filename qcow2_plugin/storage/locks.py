@@ -10,6 +10,9 @@ bytes of it: byte 100 + n says "I use permission n", byte 200 + n says "I forbid
     write                 101          201        writing                   100, 101, 103; 201, 203
     resize                103          203        reading, force-share      100
 
+A file may hold the image or be its data file; we make no difference. QEMU leaves 201 of a data file alone, so that
+somebody may write it as a raw disk under a running guest, which is never right.
+
 The bytes are names only. They need not exist, and data can be read and written under a lock.
 
 **Take first, test second.** Every lock is a read lock, so taking one succeeds however many others hold the same byte.
@@ -20,7 +23,8 @@ together at least one sees the other. Both may see each other, and both give up;
 **Why OFD locks.** Their owner is the open file description. Classic POSIX locks belong to the process: two handles in
 one process would not conflict, and closing any descriptor of the file, of a library that only looked at it, would
 drop the lock of them all. So where a file system has no OFD locks there is no falling back: opening fails unless the
-caller gives up protection by force-share. flock is no substitute either, since QEMU does not look at it.
+caller gives up protection by force-share, which only readers may. flock is no substitute either, since QEMU does not
+look at it.
 
 **Giving back.** Locks go when the last descriptor of the open file description is closed, also by a crash.
 
@@ -52,6 +56,9 @@ class Permission(enum.Flag):
     RESIZE = 1 << 3
 
 
+_CHANGES = Permission.WRITE | Permission.RESIZE
+
+
 def lock_for_reading(fd: int, path: str, *, force_share: bool) -> None:
     """Announce that `fd` is read and, unless `force_share`, make sure that nobody changes the file meanwhile.
 
@@ -61,13 +68,23 @@ def lock_for_reading(fd: int, path: str, *, force_share: bool) -> None:
     Raises: ImageLockedError if others exclude us or, without `force_share`, the file system has no such locks.
     """
     if not force_share:
-        lock(fd, path, use=Permission.CONSISTENT_READ, forbid=Permission.WRITE | Permission.RESIZE)
+        lock(fd, path, use=Permission.CONSISTENT_READ, forbid=_CHANGES)
         return
     try:
         _take(fd, path, _bytes(_USED, Permission.CONSISTENT_READ)[0])
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
+
+
+def lock_for_writing(fd: int, path: str) -> None:
+    """Announce that `fd` (open for reading too) is read and changed, and make sure that nobody else does either.
+
+    Others may read the file by force-share only. The locks go when `fd` is closed.
+
+    Raises: ImageLockedError if anybody else uses the file, or its file system has no such locks.
+    """
+    lock(fd, path, use=Permission.CONSISTENT_READ | _CHANGES, forbid=_CHANGES)
 
 
 def lock(fd: int, path: str, *, use: Permission, forbid: Permission) -> None:
@@ -81,16 +98,12 @@ def lock(fd: int, path: str, *, use: Permission, forbid: Permission) -> None:
             _take(fd, path, byte)
             taken.append(byte)
         for byte in _bytes(_FORBIDDEN, use) + _bytes(_USED, forbid):
-            _refuse_if_held(fd, path, byte)
+            _refuse_if_held(fd, path, byte, writing=Permission.WRITE in use)
     except (OSError, ImageLockedError) as error:
         for byte in taken:
             _fcntl(fd, fcntl.F_OFD_SETLK, fcntl.F_UNLCK, byte)
         if isinstance(error, OSError) and error.errno in _NO_LOCKS:
-            raise ImageLockedError(
-                f"cannot make sure that nobody writes to the file: its file system has no locks ({error.strerror}); "
-                "force-share reads it unprotected",
-                file=path,
-            ) from error
+            raise _unprotected(error, path, writing=Permission.WRITE in use) from error
         raise
 
 
@@ -106,13 +119,24 @@ def _take(fd: int, path: str, byte: int) -> None:
         ) from error
 
 
-def _refuse_if_held(fd: int, path: str, byte: int) -> None:
+def _refuse_if_held(fd: int, path: str, byte: int, *, writing: bool) -> None:
     if _fcntl(fd, fcntl.F_OFD_GETLK, fcntl.F_WRLCK, byte) == fcntl.F_UNLCK:
         return
     holds = "holds" if byte < _FORBIDDEN else "forbids"
+    way_out = "" if writing else ", or use force-share to read what may be changing meanwhile"
     raise ImageLockedError(
         f"another program {holds} the permission to {_permission(byte)} the file (byte {byte} is locked); "
-        "stop it first, or use force-share to read what may be changing meanwhile",
+        f"stop it first{way_out}",
+        file=path,
+    )
+
+
+def _unprotected(error: OSError, path: str, *, writing: bool) -> ImageLockedError:
+    others, way_out = "writes to", "force-share reads it unprotected"
+    if writing:
+        others, way_out = "else uses", "write to it on a file system that has them"
+    return ImageLockedError(
+        f"cannot make sure that nobody {others} the file: its file system has no locks ({error.strerror}); {way_out}",
         file=path,
     )
 

@@ -1,8 +1,9 @@
 """Which file may be opened, and by which name.
 
-Owns the only two places of the package where a name becomes an open file:
+Owns the only places of the package where a name becomes an open file:
 
 * `open_given` opens what the caller names: whoever starts the program may read what the system lets them read.
+* `create_given` makes a file where the caller says, or empties the one that is there.
 * `open_reference` opens what an *image* names as its backing or data file. The header of an image is a list of file
   names that a stranger may have chosen, and following such a name discloses that file to whoever reads the disk.
   What may be followed is the `Policy`; there is no other way in.
@@ -12,6 +13,9 @@ Refuses to know what is in the files, and never guesses: names are file names, n
 **How a file is opened.** A look-up by name only pins the inode (O_PATH), which neither reads it nor runs a driver: no
 waiting for the other end of a FIFO, no tape rewound. Its type is checked there, and then this very inode is opened
 through /proc/self/fd. So there is no moment between check and use in which the name could change hands.
+
+**For writing** nothing is different but the flag of this second open, and the locks: no way of opening changes a file
+that others use, not even by emptying it.
 
 **How a confined name is looked up.** The name is taken apart here first: only plain components remain. Then openat2
 resolves it below the directory and refuses every symlink on the way, the last one included; where the kernel has no
@@ -29,12 +33,13 @@ import os
 import stat
 import struct
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 from qcow2_plugin.errors import MissingReferenceError, NotQcow2Error, ReferenceDeniedError, printable
 from qcow2_plugin.storage.file import FileStorage
-from qcow2_plugin.storage.locks import lock_for_reading
+from qcow2_plugin.storage.locks import lock_for_reading, lock_for_writing
 
 _NAME_LIMIT = 1023  # bytes; the longest backing file name that the format allows
 _NO_SUCH_FILE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG})
@@ -48,6 +53,11 @@ _RESOLVE_BENEATH = 0x08
 _RESOLVE = _RESOLVE_BENEATH | _RESOLVE_NO_SYMLINKS | _RESOLVE_NO_MAGICLINKS
 _ATTEMPTS = 32
 _syscall = ctypes.CDLL(None, use_errno=True).syscall
+
+Identity = tuple[int, int]
+"""Device and inode number, as in `Storage.identity`."""
+Vet = Callable[[Identity, str], None]
+"""Asked with the identity and the path of a file before it is opened; raises what speaks against it."""
 
 _REGULAR = frozenset({stat.S_IFREG})
 _REGULAR_OR_BLOCK = frozenset({stat.S_IFREG, stat.S_IFBLK})
@@ -71,18 +81,58 @@ class Policy(enum.Enum):
     """Wherever the name leads: absolute, through `..` or symlinks, to block devices. For images of one's own making."""
 
 
-def open_given(path: str | os.PathLike[str], *, force_share: bool = False) -> FileStorage:
-    """Open a file that the caller names, and lock it for reading.
+class CreatedFile(NamedTuple):
+    """What `create_given` leaves to its caller: an open file, and whether it was not there before."""
+
+    storage: FileStorage
+    is_new: bool
+
+
+def open_given(
+    path: str | os.PathLike[str], *, writable: bool = False, force_share: bool = False, vet: Vet | None = None
+) -> FileStorage:
+    """Open a file that the caller names, and lock it for reading or, if `writable`, for reading and writing.
+
+    `force_share` has no say in the latter.
 
     Raises: OSError (FileNotFoundError, ...) with the path; NotQcow2Error if it is neither a regular file nor a block
-    device; ImageLockedError.
+    device; ImageLockedError; what `vet` raises.
     """
     given = os.fspath(path)
-    with _closing(os.open(given, _PIN)) as pinned:
-        kind = _kind_unless(_REGULAR_OR_BLOCK, pinned)
-        if kind is not None:
-            raise NotQcow2Error(f"this is {kind}, neither a regular file nor a block device", file=given)
-        return _open_pinned(pinned, given, force_share=force_share)
+    with _pinned_file(given) as pinned:
+        return _open_pinned(pinned, given, vet, writable=writable, force_share=force_share)
+
+
+def create_given(path: str | os.PathLike[str], *, overwrite: bool = False) -> CreatedFile:
+    """Make an empty file that the caller names, open for reading and writing and locked for that.
+
+    Where something of that name is already, if only a dangling symlink, nothing happens unless `overwrite`. Then a
+    regular file, or the one that a symlink leads to, is locked first and emptied only after that; a block device is
+    locked and keeps its size and contents. A caller who fails later closes the file and removes it by its name if, and
+    only if, it `is_new`. The name is durable when the directory is.
+
+    Raises: FileExistsError and other OSError with the path; NotQcow2Error if what exists is neither a regular file nor
+    a block device; ImageLockedError if others use the file, which is then as it was, or if its file system has no locks
+    (a new file stays, and is empty).
+    """
+    given = os.fspath(path)
+    try:
+        fd = os.open(given, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    except FileExistsError:
+        if not overwrite:
+            raise
+    else:
+        return CreatedFile(_locked(fd, given, writable=True), is_new=True)
+    with _pinned_file(given) as pinned:
+        storage = _open_pinned(pinned, given, writable=True)
+        try:
+            if stat.S_ISREG(os.fstat(pinned).st_mode):
+                storage.truncate(0)
+        except OSError as error:
+            storage.close()
+            error.filename = given
+            raise
+        return CreatedFile(storage, is_new=False)
 
 
 def open_reference(
@@ -93,15 +143,18 @@ def open_reference(
     directory: str,
     referrer: str,
     below: bytes = b"",
+    writable: bool = False,
     force_share: bool = False,
+    vet: Vet | None = None,
 ) -> FileStorage:
-    """Open the file that the image `referrer` names as its `role` ("backing file", "data file"); lock it for reading.
+    """Open the file that the image `referrer` names as its `role` ("backing file", "data file"); lock it for reading
+    or, if `writable`, for reading and writing.
 
     A relative name starts at `below`, the referrer's own directory as a path relative to `directory` ("" is the
     working directory); it is confined to `directory` as a whole.
 
     Raises: ReferenceDeniedError if `policy` forbids it, and then no file was opened; MissingReferenceError if there is
-    no such file; ImageLockedError; other OSError with the path.
+    no such file; ImageLockedError; other OSError with the path; what `vet` raises.
     """
     rule = broken_rule(name, policy)
     if rule is not None:
@@ -125,7 +178,7 @@ def open_reference(
         kind = _kind_unless(_REGULAR_OR_BLOCK if policy is Policy.TRUSTED else _REGULAR, pinned)
         if kind is not None:
             raise _denied(name, role, referrer, f"it is {kind}", trusted_helps=kind == _FILE_TYPES[stat.S_IFBLK])
-        return _open_pinned(pinned, path, force_share=force_share)
+        return _open_pinned(pinned, path, vet, writable=writable, force_share=force_share)
 
 
 def broken_rule(name: bytes, policy: Policy) -> str | None:
@@ -185,15 +238,39 @@ def _walk(start: int, name: bytes) -> int:
     return pinned
 
 
-def _open_pinned(pinned: int, path: str, *, force_share: bool) -> FileStorage:
+@contextmanager
+def _pinned_file(given: str) -> Iterator[int]:
+    """An O_PATH descriptor of the regular file or block device that the caller names."""
+    with _closing(os.open(given, _PIN)) as pinned:
+        kind = _kind_unless(_REGULAR_OR_BLOCK, pinned)
+        if kind is not None:
+            raise NotQcow2Error(f"this is {kind}, neither a regular file nor a block device", file=given)
+        yield pinned
+
+
+def _open_pinned(
+    pinned: int, path: str, vet: Vet | None = None, *, writable: bool, force_share: bool = False
+) -> FileStorage:
+    if vet is not None:
+        status = os.fstat(pinned)
+        vet((status.st_dev, status.st_ino), path)
+    mode = os.O_RDWR if writable else os.O_RDONLY
     try:
-        fd = os.open(f"/proc/self/fd/{pinned}", os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(f"/proc/self/fd/{pinned}", mode | os.O_CLOEXEC)
     except OSError as error:
         if error.errno != errno.ENOENT:  # the file exists, so then it is /proc that does not: let its name show
             error.filename = path
         raise
+    return _locked(fd, path, writable=writable, force_share=force_share)
+
+
+def _locked(fd: int, path: str, *, writable: bool, force_share: bool = False) -> FileStorage:
+    """The open file as a storage, locked; after an error `fd` is closed."""
     try:
-        lock_for_reading(fd, path, force_share=force_share)
+        if writable:
+            lock_for_writing(fd, path)
+        else:
+            lock_for_reading(fd, path, force_share=force_share)
         return FileStorage(fd, path)
     except BaseException as error:
         os.close(fd)

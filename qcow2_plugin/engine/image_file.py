@@ -1,0 +1,226 @@
+"""The image file as a writer sees it: every write says what it is, and goes nowhere else.
+
+**The firewall.** `MetadataMap` knows which clusters hold which structure: those the header names, the active L2 tables,
+the refcount blocks, the L1 tables of snapshots, the bitmaps. A write of a structure must lie inside clusters of that
+structure, and no cluster of the map is ever handed out or written as guest data. Whatever refcounts an image claims,
+its tables cannot be overwritten through it. A violation marks the image corrupt.
+
+**The latch.** After a failed barrier nothing that was written since the one before is known to be durable, and the
+system may already have forgotten which of it is not. So the handle takes no change any more, for good; reading goes on.
+The same holds for an image that was found corrupt, and for a file that others cut short.
+
+Header fields are changed by one narrow write inside the first sector, which a crash cannot tear.
+
+**Lock.** The caller's, for everything that changes the map or the header.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qcow2_plugin.errors import CorruptImageError, FailedImageError, TruncatedImageError
+from qcow2_plugin.format.geometry import SECTOR_SIZE
+from qcow2_plugin.format.header import INCOMPATIBLE_CORRUPT, Header
+from qcow2_plugin.storage import WritableStorage
+
+Clusters = npt.NDArray[np.int64]
+
+_MAX_CHANGES = 4096
+"""Changes of the map kept beside its arrays."""
+
+
+class Structure(enum.IntEnum):
+    """What a cluster of the image file holds, guest data apart."""
+
+    HEADER = 1
+    L1_TABLE = 2
+    L2_TABLE = 3
+    REFCOUNT_TABLE = 4
+    REFCOUNT_BLOCK = 5
+    SNAPSHOT_TABLE = 6
+    SNAPSHOT_L1_TABLE = 7
+    BITMAP = 8
+
+    @property
+    def title(self) -> str:
+        """As in messages."""
+        return self.name.replace("_", " ").lower().replace("l1", "L1").replace("l2", "L2")
+
+
+class MetadataMap:
+    """Which clusters hold which structure; clusters are numbers, not offsets."""
+
+    def __init__(self, parts: Iterable[tuple[Structure, Clusters]]) -> None:
+        """Raises ValueError if a cluster belongs to two structures."""
+        arrays = [(structure, np.unique(clusters)) for structure, clusters in parts]
+        clusters = np.concatenate([each for _, each in arrays])
+        owners = np.concatenate([np.full(len(each), structure, dtype=np.uint8) for structure, each in arrays])
+        order = np.argsort(clusters, kind="stable")
+        clusters, owners = clusters[order], owners[order]
+        twice = np.flatnonzero(clusters[1:] == clusters[:-1])
+        if twice.size:
+            first, second = (Structure(int(owners[twice[0] + step])).title for step in (0, 1))
+            raise ValueError(f"cluster {int(clusters[twice[0]])} belongs to the {first} and the {second}")
+        self._settled = clusters, owners
+        self._changes: dict[int, int] = {}
+
+    def owner(self, cluster: int) -> int:
+        """The `Structure` in this cluster, 0 for none. Lock: none."""
+        changed = self._changes.get(cluster)
+        if changed is not None:
+            return changed
+        clusters, owners = self._settled
+        place = int(np.searchsorted(clusters, cluster))
+        if place < len(clusters) and clusters[place] == cluster:
+            return int(owners[place])
+        return 0
+
+    def first_in(self, first: int, count: int) -> int | None:
+        """The first cluster of a run that holds a structure, None if none does."""
+        clusters, _ = self._settled
+        low, high = np.searchsorted(clusters, (first, first + count))
+        known = [cluster for cluster in clusters[low:high].tolist() if self.owner(cluster)]
+        known += [cluster for cluster, owner in self._changes.items() if owner and first <= cluster < first + count]
+        return min(known, default=None)
+
+    def among(self, clusters: Clusters) -> npt.NDArray[np.bool_]:
+        """For each of these clusters whether it holds a structure."""
+        known, _ = self._settled
+        places = np.minimum(np.searchsorted(known, clusters), len(known) - 1)
+        found: npt.NDArray[np.bool_] = known[places] == clusters
+        if self._changes:
+            changes = self._changes
+            for index, cluster in enumerate(clusters.tolist()):
+                if cluster in changes:
+                    found[index] = changes[cluster] != 0
+        return found
+
+    def claim(self, structure: Structure, first: int, count: int) -> None:
+        """These clusters hold `structure` from now on."""
+        for cluster in range(first, first + count):
+            self._changes[cluster] = structure
+        self._settle()
+
+    def release(self, clusters: Iterable[int]) -> None:
+        """These clusters hold no structure any more."""
+        for cluster in clusters:
+            if self.owner(cluster):
+                self._changes[cluster] = 0
+        self._settle()
+
+    def _settle(self) -> None:
+        if len(self._changes) <= _MAX_CHANGES:
+            return
+        changed = np.fromiter(self._changes.keys(), dtype=np.int64, count=len(self._changes))
+        changed_owners = np.fromiter(self._changes.values(), dtype=np.uint8, count=len(self._changes))
+        clusters, owners = self._settled
+        kept = ~np.isin(clusters, changed)
+        clusters = np.concatenate((clusters[kept], changed[changed_owners != 0]))
+        owners = np.concatenate((owners[kept], changed_owners[changed_owners != 0]))
+        order = np.argsort(clusters)
+        self._settled = clusters[order], owners[order]  # before the changes go: `owner` looks there first
+        self._changes = {}
+
+
+class ImageFile:
+    """The image file, its header as it is on disk or about to be, and whether changes are still taken."""
+
+    def __init__(self, storage: WritableStorage, header: Header, metadata: MetadataMap) -> None:
+        self.storage = storage
+        self.header = header
+        self.metadata = metadata
+        self.failure: str | None = None
+        """Why no change is taken any more."""
+        self._cluster_bits = header.cluster_bits
+        self._least_size = storage.size()
+
+    def write(self, structure: Structure, data: bytes, host_offset: int) -> None:
+        """Write a part of `structure`. Raises CorruptImageError if it does not own the place; OSError."""
+        first, last = host_offset >> self._cluster_bits, host_offset + len(data) - 1 >> self._cluster_bits
+        for cluster in range(first, last + 1):
+            owner = self.metadata.owner(cluster)
+            if owner != structure:
+                other = Structure(owner).title if owner else "guest data"
+                raise self.corrupt(structure.title, f"would be written over {other}", host_offset)
+        self.storage.write_from(data, host_offset)
+
+    def update_header(self, **fields: Any) -> None:
+        """Change fixed fields of the header by one write inside its first sector.
+
+        Raises OSError; then the header is as before, or the image takes no more changes.
+        """
+        updated = replace(self.header, **fields)
+        before, after = self.header.pack(), updated.pack()
+        different = [index for index in range(min(len(before), SECTOR_SIZE)) if before[index] != after[index]]
+        if different:
+            first, end = different[0], different[-1] + 1
+            try:
+                self.write(Structure.HEADER, after[first:end], first)
+            except OSError as error:
+                self._require_header(before[first:end], first, error)
+                raise
+        self.header = updated
+
+    def _require_header(self, expected: bytes, host_offset: int, error: OSError) -> None:
+        """After a failed write: take no more changes unless the old header is still there."""
+        with suppress(OSError):  # what cannot be read is not known
+            if self.storage.pread(len(expected), host_offset) == expected:
+                return
+        self.fail(f"the header could not be written ({error.strerror})")
+
+    def barrier(self, storage: WritableStorage | None = None) -> None:
+        """Everything written to the image file, or to `storage`, before is durable after. A failure is final.
+
+        Raises OSError.
+        """
+        try:
+            (storage or self.storage).barrier()
+        except OSError as error:
+            self.fail(f"data could not be made durable ({error.strerror})")
+            raise
+
+    def require_writable(self) -> None:
+        """Raises FailedImageError after a failure."""
+        if self.failure is not None:
+            raise FailedImageError(
+                f"no change is taken any more, since {self.failure}; close the image, check it and open it again",
+                file=self.storage.path,
+            )
+
+    def require_uncut(self) -> None:
+        """Raises TruncatedImageError, and takes no more changes, if somebody else has cut the file short."""
+        size = self.storage.size()
+        if size < self._least_size:
+            self.fail("another program has cut the file short")
+            raise TruncatedImageError(
+                "image file", f"is {size} bytes long now and was {self._least_size}", file=self.storage.path
+            )
+        self._least_size = size
+
+    def truncate(self, size: int) -> None:
+        """Cut or extend the file. Raises OSError."""
+        self.storage.truncate(size)
+        self._least_size = size
+
+    def fail(self, reason: str) -> None:
+        """Take no more changes; the first reason stays."""
+        self.failure = self.failure or reason
+
+    def corrupt(self, structure: str, detail: str, host_offset: int | None = None) -> CorruptImageError:
+        """The error to raise about a structure that a change would have damaged or relied on; the image is marked
+        corrupt, as well as that goes, and takes no more changes."""
+        if self.failure is None:
+            self.fail(f"it is corrupt: {structure} {detail}")
+            if self.header.version > 2:  # version 2 has no place for the mark
+                with suppress(OSError):  # the error that is about to be raised says more
+                    features = self.header.incompatible_features | INCOMPATIBLE_CORRUPT
+                    self.storage.write_from(features.to_bytes(8, "big"), 72)
+                    self.storage.barrier()
+        return CorruptImageError(structure, detail, host_offset=host_offset, file=self.storage.path)

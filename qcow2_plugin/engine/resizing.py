@@ -1,0 +1,187 @@
+"""Another size for the disk of an image that is open for writing.
+
+The size on disk is one field of the header and changes in one write, after everything that the new size shows is
+durable, and before anything that the old size showed is cut off. All that a crash in between leaves is an L1 table that
+is longer than needed, clusters prepared behind the end of the disk, or a tail that was given up already.
+
+**Growing.** A longer L1 table is written next to the old one, and the header switched to it in one write. The disk
+grows in memory first, so that what the guest must not see is written over by the ordinary write path: what is behind
+the old end in its last cluster, and what a longer backing file has there. Then come the data file's length,
+preallocation, and last the header's size.
+
+**Shrinking.** What is cut off is forgotten, durably, then L2 tables without any use go, then the size, and only then
+the files are cut.
+
+**Lock.** `resize` takes the image's itself. It claims the whole disk where tables move: no other change and no request
+in flight goes on meanwhile.
+
+Source: docs/interop/qcow2.rst, "Header", "Cluster mapping".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from qcow2_plugin.engine.image_file import Structure
+from qcow2_plugin.engine.placement import Clearing, Piece
+from qcow2_plugin.errors import ResizeError
+from qcow2_plugin.format.geometry import MAX_HOST_OFFSET, MAX_L1_ENTRIES, SECTOR_SIZE
+
+if TYPE_CHECKING:
+    from qcow2_plugin.engine.writable import WritableImage
+
+PREALLOCATIONS = ("off", "metadata", "falloc", "full")
+_WHOLE_DISK = 1 << 62
+_ZEROS = memoryview(bytes(1 << 20))
+
+
+def resize(image: WritableImage, virtual_size: int, *, allow_shrink: bool, preallocation: str) -> None:
+    """See `Image.resize`. Raises ResizeError before anything changes; what `Image.write_from` raises."""
+    new_size = -(-virtual_size // SECTOR_SIZE) * SECTOR_SIZE
+    _require_possible(image, new_size, preallocation)
+    with image.changing():
+        image.get_ready()
+        image.tracker.require_resizable(new_size)
+    if new_size > image.virtual_size:
+        if image.header.data_file_raw and preallocation == "off":
+            preallocation = "metadata"  # or the data file would say more than the tables
+        _grow(image, new_size, preallocation)
+    elif new_size < image.virtual_size:
+        if not allow_shrink:
+            raise ResizeError(
+                f"shrinking the disk from {image.virtual_size} to {new_size} bytes loses what is behind; say that it "
+                "may shrink (option shrink) if that is meant",
+                file=image.layer.storage.path,
+            )
+        _shrink(image, new_size)
+
+
+def _require_possible(image: WritableImage, new_size: int, preallocation: str) -> None:
+    header = image.header
+    detail = None
+    if preallocation not in PREALLOCATIONS:
+        detail = f'preallocation "{preallocation}" is none of {", ".join(PREALLOCATIONS)}'
+    elif not 0 <= new_size <= MAX_HOST_OFFSET or header.geometry.l1_entries_for(new_size) > MAX_L1_ENTRIES:
+        detail = f"a disk of {new_size} bytes is too large for clusters of {header.geometry.cluster_size} bytes"
+    elif header.version < 3 and header.snapshot_count:
+        detail = "an image of version 2 with internal snapshots cannot be resized: they do not record their own size"
+    elif preallocation != "off" and new_size < image.virtual_size:
+        detail = "preallocation is for growing"
+    elif preallocation != "off" and image.layer.backing is not None and not header.extended_l2:
+        detail = "preallocation would hide the backing file"
+    if detail is not None:
+        raise ResizeError(detail, file=image.layer.storage.path)
+
+
+def _grow(image: WritableImage, new_size: int, preallocation: str) -> None:
+    old_size = image.virtual_size
+    with _standstill(image):
+        _lengthen_l1(image, new_size)
+        _show_size(image, new_size)
+    try:
+        cluster_end = -(-old_size // image.cluster_size) * image.cluster_size
+        image.clear_clusters(min(cluster_end, new_size), new_size, Clearing.DROP)
+        backing_size = 0 if image.layer.backing is None else image.layer.backing.virtual_size
+        image.write_zeroes(old_size, min(new_size, max(cluster_end, backing_size)) - old_size)
+        if image.header.has_data_file:
+            image.data.write_zeroes(old_size, new_size - old_size, may_punch=True)  # it may be longer than the disk
+            image.data.truncate(max(new_size, image.data.size()))
+        if preallocation != "off":
+            _preallocate(image, old_size, new_size, preallocation)
+        image.flush()
+        with _standstill(image):
+            image.tracker.resize(new_size, image.allocator)
+            image.file.update_header(size=new_size)
+            image.file.barrier()
+    except BaseException:
+        with _standstill(image):
+            _show_size(image, old_size)
+        raise
+
+
+def _lengthen_l1(image: WritableImage, new_size: int) -> None:
+    header = image.header
+    entry_count = header.geometry.l1_entries_for(new_size)
+    if entry_count <= header.l1_size:
+        return
+    content = image.tables.read_l1(0, header.l1_size).astype(">u8").tobytes().ljust(8 * entry_count, b"\0")
+    place = image.allocator.allocate_table(Structure.L1_TABLE, len(content))
+    try:
+        image.file.write(Structure.L1_TABLE, content, place)
+        image.write_back.run_alone()
+    except BaseException:
+        image.allocator.release_table(place, len(content))
+        raise
+    image.file.update_header(l1_size=entry_count, l1_table_offset=place)
+    image.file.barrier()
+    old_clusters = -(-8 * header.l1_size // image.cluster_size)
+    if old_clusters:
+        image.allocator.retire_table(header.l1_table_offset // image.cluster_size, old_clusters)
+
+
+def _preallocate(image: WritableImage, start: int, end: int, preallocation: str) -> None:
+    """Give every cluster from guest `start` to `end` a place."""
+    while start < end:
+        part_end = min(end, (start | image.written.slice_coverage - 1) + 1)
+        image.put(start, part_end, lambda piece: _reserve(image, piece, preallocation))
+        start = part_end
+
+
+def _reserve(image: WritableImage, piece: Piece, preallocation: str) -> None:
+    """Make the place of `piece` read as zeros, with as much disk space as wanted, and lie inside its file."""
+    length = piece.end - piece.start
+    if preallocation == "full":
+        for offset in range(0, length, len(_ZEROS)):
+            image.data.write_from(_ZEROS[: min(len(_ZEROS), length - offset)], piece.host_offset + offset)
+        return
+    if not piece.is_clean:
+        image.data.write_zeroes(piece.host_offset, length, may_punch=preallocation == "metadata")
+    if preallocation == "falloc":
+        image.data.preallocate(piece.host_offset, length)
+    elif image.data.size() < piece.host_offset + length:
+        image.data.truncate(piece.host_offset + length)
+
+
+def _shrink(image: WritableImage, new_size: int) -> None:
+    geometry = image.header.geometry
+    used_tables = geometry.l1_entries_for(image.virtual_size)
+    with _standstill(image):
+        image.tracker.resize(new_size, image.allocator)
+    cut = -(-new_size // image.cluster_size) * image.cluster_size
+    image.clear_clusters(cut, used_tables * geometry.l2_coverage, Clearing.DROP)
+    image.flush()
+    with _standstill(image):
+        for index in range(geometry.l1_entries_for(new_size), used_tables):
+            image.tables.drop_table(index)
+        image.write_back.run_alone()
+        image.file.update_header(size=new_size)
+        image.file.barrier()
+        _show_size(image, new_size)
+        image.write_back.run_alone()  # now with the refcounts that fell
+        if image.header.has_data_file:
+            image.data.truncate(new_size)
+        image.file.truncate(min(image.file.storage.size(), image.allocator.end_of_use()))
+        image.file.barrier()
+
+
+def _show_size(image: WritableImage, virtual_size: int) -> None:
+    """The disk has this size, in memory. Lock held."""
+    header = image.header
+    image.tables.move(header.l1_table_offset, header.l1_size, virtual_size)
+    image.written.follow_tables()
+    image.virtual_size = virtual_size
+
+
+@contextmanager
+def _standstill(image: WritableImage) -> Iterator[None]:
+    """The image's lock, the turn of write-backs and the whole disk, with no request in flight."""
+    with image.write_back.turn, image.changing():
+        image.requests.wait_until_free(0, _WHOLE_DISK)
+        image.requests.claim(0, _WHOLE_DISK)
+        try:
+            image.requests.drain()
+            yield
+        finally:
+            image.requests.release(0, _WHOLE_DISK)

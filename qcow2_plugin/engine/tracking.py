@@ -1,0 +1,419 @@
+"""Persistent dirty bitmaps, kept true while the disk that they describe is being changed.
+
+**States of a bitmap.** *Settled*: what is on disk is right. *Held*: in_use is set on disk, durably, so nobody believes
+the bits there, and they need not be right; what of the disk changed is marked in memory. A crash leaves a held bitmap
+well formed and known to be stale; whoever makes backups makes a full one.
+
+    begin         settled -> held   every enabled bitmap; durable before the first change of the disk
+    mark                            in memory only
+    store_bits                      bits, to their place or to new clusters; durable with the refcounts of those before
+    store_tables                    table entries; durable before
+    finish        held -> settled   in_use is cleared
+
+Bits are overwritten in place, which is safe while in_use is set. A table entry is written when the refcount of the
+cluster that it names, and the bits there, are durable, so that even a stale bitmap names no cluster that is somebody
+else's. in_use is cleared when all of that is durable, since from then on the bits are believed.
+
+An enabled bitmap that we cannot keep, because its kind, its flags or its size are none that we know, is held by `begin`
+and never settled again. A disabled one does not follow the disk and is left alone.
+
+**Another size of the disk** changes all bitmaps, disabled ones too, so all are held first. A table that grows beyond
+its clusters is copied:
+
+    grow     new table > refcounts > barrier > its offset into the directory > barrier > its number of entries > barrier
+    shrink   number of entries > barrier > what lies behind is retired, bits behind the end of the disk are cleared
+
+Between the two steps of growing the directory has the new table with the old number of entries: its beginning is the
+old table. What falls away is retired when no durable pointer is left. A held bitmap may have any size, so the size of
+the disk can change before or after. The new part of the disk is clean, as in QEMU.
+
+**What may be torn.** A directory entry begins at a multiple of 8 in a directory that begins with a cluster, and a
+sector is 512 bytes; so table offset (8 bytes at 0), number of entries (4 at 8) and flags (4 at 12) each lie in one
+sector, and each is one write. Two of them together may lie in two sectors, so they are two writes with a barrier
+between. Entries of a bitmap table are 8 bytes at multiples of 8.
+
+Memory follows what is marked: one cluster's worth of bits for each cluster of bits that is touched.
+
+What has to be durable in between is the caller's business, but in `resize`.
+
+**Lock.** The image's, for everything here; for `resize`, which writes refcounts, no write-back may be running either.
+
+Source: docs/interop/qcow2.rst, "Bitmaps".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from qcow2_plugin.engine.allocator import Allocator
+from qcow2_plugin.engine.header import read_structure
+from qcow2_plugin.engine.image_file import ImageFile, Structure
+from qcow2_plugin.engine.writeback import write_refcounts
+from qcow2_plugin.errors import ResizeError, about_file, printable
+from qcow2_plugin.format import bits
+from qcow2_plugin.format.bitmaps import (
+    FLAG_IN_USE,
+    FLAGS_AT,
+    TABLE_ENTRIES_AT,
+    TABLE_OFFSET_AT,
+    Bitmap,
+    entry_offsets,
+    table_entries_for,
+)
+from qcow2_plugin.format.geometry import MAX_BITMAP_DATA_SIZE
+
+
+@dataclass(slots=True)
+class _Kept:
+    """One bitmap. Parts of it are numbered by the cluster of bits that they are in, as its table is."""
+
+    bitmap: Bitmap
+    """As in the directory, but for in_use."""
+    entry_offset: int
+    """Host offset of the directory entry."""
+    unusable_reason: str | None
+    is_in_use: bool
+    """On disk, now."""
+    is_lost: bool = False
+    """A change of its structure failed half-way: it stays in use."""
+    marks: dict[int, bytearray] = field(default_factory=dict)
+    """Bits set since the image was opened."""
+    changed: set[int] = field(default_factory=set)
+    """Clusters of bits whose marks are not on disk."""
+    table: npt.NDArray[np.uint64] | None = None
+    """Once it was needed."""
+    unwritten: set[int] = field(default_factory=set)
+    """Entries of the table that are not on disk."""
+
+    @property
+    def is_held(self) -> bool:
+        """In use by us, and can be settled."""
+        return self.is_in_use and self.unusable_reason is None and not self.is_lost
+
+
+class BitmapTracker:
+    """The bitmaps of one image: `bitmaps` is what its directory lists."""
+
+    def __init__(self, file: ImageFile, bitmaps: list[Bitmap]) -> None:
+        self._file = file
+        self._cluster_size = file.header.geometry.cluster_size
+        self._bits_per_cluster = 8 * self._cluster_size
+        self._virtual_size = file.header.virtual_size
+        pointer = file.header.bitmaps
+        directory_offset = 0 if pointer is None else pointer.directory_offset
+        self._kept = [
+            _Kept(
+                bitmap,
+                directory_offset + offset,
+                bitmap.unusable_reason(self._virtual_size, self._cluster_size),
+                bitmap.in_use,
+            )
+            for bitmap, offset in zip(bitmaps, entry_offsets(bitmaps), strict=True)
+        ]
+        self._tracked = [each for each in self._kept if each.bitmap.auto and each.unusable_reason is None]
+
+    @property
+    def is_empty(self) -> bool:
+        """No bitmap follows the disk."""
+        return not self._tracked
+
+    @property
+    def has_held(self) -> bool:
+        """There are bitmaps to store and to settle."""
+        return any(each.is_held for each in self._kept)
+
+    # -- following the disk --
+
+    def begin(self) -> bool:
+        """Hold every enabled bitmap. True if something was written, which the caller makes durable before the disk
+        changes. Raises CorruptImageError, OSError."""
+        return self._hold(each for each in self._kept if each.bitmap.auto)
+
+    def mark(self, offset: int, length: int) -> None:
+        """The guest range changes; what of it lies behind the end of the disk is nobody's business."""
+        length = min(length, self._virtual_size - offset)
+        if length <= 0:
+            return
+        for each in self._tracked:
+            for index, start, stop in self._parts(each, offset, length):
+                marks = each.marks.get(index)
+                if marks is None:
+                    marks = each.marks[index] = bytearray(self._cluster_size)
+                bits.set_bits(marks, start, stop)
+                each.changed.add(index)
+
+    def covers(self, offset: int, length: int) -> bool:
+        """True if `mark` for this range would change nothing."""
+        length = min(length, self._virtual_size - offset)
+        if length <= 0:
+            return True
+        for each in self._tracked:
+            for index, start, stop in self._parts(each, offset, length):
+                marks = each.marks.get(index)
+                if marks is None or not bits.are_set(marks, start, stop):
+                    return False
+        return True
+
+    def _parts(self, each: _Kept, offset: int, length: int) -> Iterator[tuple[int, int, int]]:
+        """(cluster of bits, first bit in it, one past the last) for a guest range that is not empty."""
+        granularity_bits, per_cluster = each.bitmap.granularity_bits, self._bits_per_cluster
+        first, last = offset >> granularity_bits, offset + length - 1 >> granularity_bits
+        for index in range(first // per_cluster, last // per_cluster + 1):
+            base = index * per_cluster
+            yield index, max(first - base, 0), min(last + 1 - base, per_cluster)
+
+    # -- storing --
+
+    def store_bits(self, allocator: Allocator) -> None:
+        """Write the bits of held bitmaps that changed. Where a new cluster was needed, `store_tables` names it.
+
+        Raises CorruptImageError, TruncatedImageError, OSError; then it can be tried again.
+        """
+        held = [each for each in self._kept if each.is_held]
+        homeless: list[tuple[_Kept, int]] = []
+        for each in held:
+            for index in sorted(each.changed):
+                entry = int(self._table_of(each)[index])
+                if not entry:
+                    homeless.append((each, index))
+                elif entry != bits.TABLE_ALL_ONES:
+                    self._merge_bits(each, index, entry)
+        runs = allocator.allocate(len(homeless))
+        places = [
+            place for run in runs for place in range(run.host_offset, run.host_offset + run.length, self._cluster_size)
+        ]
+        try:
+            for (each, index), place in zip(homeless, places, strict=True):
+                self._file.metadata.claim(Structure.BITMAP, place // self._cluster_size, 1)
+                self._write(bytes(each.marks[index]), place)
+        except BaseException:
+            self._file.metadata.release(place // self._cluster_size for place in places)
+            allocator.release(runs)
+            raise
+        for (each, index), place in zip(homeless, places, strict=True):
+            self._table_of(each)[index] = place
+            each.unwritten.add(index)
+        for each in held:
+            each.changed.clear()
+
+    def store_tables(self) -> None:
+        """Write what the tables of held bitmaps have to say about new clusters. Raises CorruptImageError, OSError."""
+        for each in self._kept:
+            if each.is_held and each.unwritten:
+                table = self._table_of(each)
+                for index in sorted(each.unwritten):
+                    self._write(int(table[index]).to_bytes(8, "big"), each.bitmap.table_offset + 8 * index)
+                each.unwritten.clear()
+
+    def finish(self) -> None:
+        """Settle the held bitmaps, but those that are not stored. Raises CorruptImageError, OSError."""
+        for each in self._kept:
+            if each.is_held and not each.changed and not each.unwritten:
+                self._write_flags(each, each.bitmap.flags)
+                each.is_in_use = False
+
+    def _merge_bits(self, each: _Kept, index: int, host_offset: int) -> None:
+        stored = self._read_bits(each, host_offset)
+        merged = (np.frombuffer(stored, dtype=np.uint8) | np.frombuffer(each.marks[index], dtype=np.uint8)).tobytes()
+        if merged != stored:
+            self._write(merged, host_offset)
+
+    # -- another size of the disk --
+
+    def require_resizable(self, new_size: int) -> None:
+        """Raises ResizeError, with what to do, if a bitmap cannot follow the disk to `new_size` bytes."""
+        for each in self._kept:
+            reason = each.unusable_reason
+            entries = table_entries_for(new_size, each.bitmap.granularity_bits, self._cluster_size)
+            if reason is None and not 0 < entries * self._cluster_size <= MAX_BITMAP_DATA_SIZE:
+                reason = f"it cannot describe {new_size} bytes"
+            if reason is not None:
+                raise ResizeError(
+                    f'bitmap "{printable(each.bitmap.name)}" cannot follow the disk to another size: {reason}; '
+                    "remove the bitmap first",
+                    file=self._file.storage.path,
+                )
+
+    def resize(self, new_size: int, allocator: Allocator) -> None:
+        """Let all bitmaps follow the disk to `new_size` bytes, durably but for the bits; they are held afterwards.
+
+        Raises what `require_resizable` does; CorruptImageError, TruncatedImageError, OSError.
+        """
+        self.require_resizable(new_size)
+        for each in self._kept:
+            self._table_of(each)  # an error in one of them must come before anything changes
+        if self._hold(self._kept):
+            self._file.barrier()
+        if new_size > self._virtual_size:
+            self._grow(new_size, allocator)
+        else:
+            self._shrink(new_size, allocator)
+        self._virtual_size = new_size
+
+    def _grow(self, new_size: int, allocator: Allocator) -> None:
+        longer: list[tuple[_Kept, Bitmap]] = []
+        moved: list[tuple[int, int]] = []
+        try:
+            for each in self._kept:
+                self._clear_tail(each, self._virtual_size)
+                entries = table_entries_for(new_size, each.bitmap.granularity_bits, self._cluster_size)
+                if entries > each.bitmap.table_entries:
+                    longer.append((each, self._lengthen(each, entries, allocator, moved)))
+            if moved:
+                self._write_refcounts(allocator)
+            if longer:
+                self._file.barrier()
+        except BaseException:
+            for host_offset, length in moved:
+                allocator.release_table(host_offset, length)
+            raise
+        if longer:
+            self._publish(longer)
+        for each, bitmap in longer:
+            if bitmap.table_offset != each.bitmap.table_offset:
+                first = each.bitmap.table_offset // self._cluster_size
+                allocator.retire_table(first, self._table_clusters(each.bitmap.table_entries))
+            added = np.zeros(bitmap.table_entries - each.bitmap.table_entries, dtype=np.uint64)
+            each.table = np.concatenate((self._table_of(each), added))
+            each.bitmap = bitmap
+
+    def _publish(self, longer: list[tuple[_Kept, Bitmap]]) -> None:
+        """Change the directory to what it has to say about longer tables."""
+        try:
+            moved = [each for each in longer if each[0].bitmap.table_offset != each[1].table_offset]
+            for each, bitmap in moved:
+                self._write_field(each, TABLE_OFFSET_AT, bitmap.table_offset, 8)
+            if moved:
+                self._file.barrier()
+            for each, bitmap in longer:
+                self._write_field(each, TABLE_ENTRIES_AT, bitmap.table_entries, 4)
+            self._file.barrier()
+        except BaseException:
+            self._lose(each for each, _ in longer)
+            raise
+
+    def _lengthen(self, each: _Kept, entries: int, allocator: Allocator, moved: list[tuple[int, int]]) -> Bitmap:
+        """The bitmap with room for so many entries, written, but for the directory; what was allocated in `moved`."""
+        bitmap = each.bitmap
+        table_clusters = self._table_clusters(entries)
+        if table_clusters == self._table_clusters(bitmap.table_entries):
+            added = bytes(8 * (entries - bitmap.table_entries))
+            self._write(added, bitmap.table_offset + 8 * bitmap.table_entries)
+            return replace(bitmap, table_entries=entries)
+        length = table_clusters * self._cluster_size
+        place = allocator.allocate_table(Structure.BITMAP, length)
+        moved.append((place, length))
+        content = self._table_of(each).astype(">u8").tobytes()
+        self._write(content.ljust(length, b"\0"), place)
+        return replace(bitmap, table_offset=place, table_entries=entries)
+
+    def _shrink(self, new_size: int, allocator: Allocator) -> None:
+        cut: list[tuple[_Kept, int]] = []
+        for each in self._kept:
+            entries = table_entries_for(new_size, each.bitmap.granularity_bits, self._cluster_size)
+            if entries < each.bitmap.table_entries:
+                cut.append((each, entries))
+        try:
+            for each, entries in cut:
+                self._write_field(each, TABLE_ENTRIES_AT, entries, 4)
+            if cut:
+                self._file.barrier()
+            for each, entries in cut:
+                self._cut_off(each, entries, allocator)
+            for each in self._kept:
+                self._clear_tail(each, new_size)
+        except BaseException:
+            self._lose(self._kept)
+            raise
+
+    def _cut_off(self, each: _Kept, entries: int, allocator: Allocator) -> None:
+        """Forget what lies behind so many entries of the table; on disk they are gone."""
+        table = self._table_of(each)
+        behind = table[entries:]
+        clusters = (behind[behind > bits.TABLE_ALL_ONES] // np.uint64(self._cluster_size)).astype(np.int64)
+        self._file.metadata.release(clusters.tolist())
+        allocator.retire(clusters)
+        kept_clusters, table_clusters = map(self._table_clusters, (entries, each.bitmap.table_entries))
+        if kept_clusters < table_clusters:
+            first = each.bitmap.table_offset // self._cluster_size
+            allocator.retire_table(first + kept_clusters, table_clusters - kept_clusters)
+        each.table = table[:entries].copy()
+        each.bitmap = replace(each.bitmap, table_entries=entries)
+        each.marks = {index: marks for index, marks in each.marks.items() if index < entries}
+        each.changed = {index for index in each.changed if index < entries}
+        each.unwritten = {index for index in each.unwritten if index < entries}
+
+    def _clear_tail(self, each: _Kept, virtual_size: int) -> None:
+        """Clear the bits behind the end of a disk of this size in the cluster of bits that it ends in."""
+        index, bit = divmod(-(-virtual_size >> each.bitmap.granularity_bits), self._bits_per_cluster)
+        if not bit:
+            return
+        marks = each.marks.get(index)
+        if marks is not None:
+            bits.clear_from(marks, bit)
+        table = self._table_of(each)
+        entry = int(table[index])
+        if entry == bits.TABLE_ALL_ONES:  # stands for bits behind the end too: these have to be stored one by one
+            marks = each.marks[index] = bytearray(b"\xff" * self._cluster_size)
+            bits.clear_from(marks, bit)
+            table[index] = 0
+            each.changed.add(index)
+        elif entry:
+            stored = bytearray(self._read_bits(each, entry))
+            before = bytes(stored)
+            bits.clear_from(stored, bit)
+            if stored != before:
+                self._write(bytes(stored), entry)
+
+    def _table_clusters(self, entries: int) -> int:
+        return -(-8 * entries // self._cluster_size)
+
+    # -- reading and writing --
+
+    def _hold(self, wanted: Iterable[_Kept]) -> bool:
+        """Set in_use where it is not set. True if something was written."""
+        settled = [each for each in wanted if not each.is_in_use]
+        for each in settled:
+            self._write_flags(each, each.bitmap.flags | FLAG_IN_USE)
+            each.is_in_use = True
+        return bool(settled)
+
+    def _lose(self, lost: Iterable[_Kept]) -> None:
+        for each in lost:
+            each.is_lost = True
+
+    def _write_flags(self, each: _Kept, flags: int) -> None:
+        self._write_field(each, FLAGS_AT, flags, 4)
+
+    def _write_field(self, each: _Kept, at: int, value: int, size: int) -> None:
+        self._write(value.to_bytes(size, "big"), each.entry_offset + at)
+
+    def _write(self, data: bytes, host_offset: int) -> None:
+        self._file.write(Structure.BITMAP, data, host_offset)
+
+    def _write_refcounts(self, allocator: Allocator) -> None:
+        """The barrier behind them is the caller's."""
+        writes = allocator.take_writes()
+        try:
+            write_refcounts(self._file, writes)
+        except BaseException:
+            allocator.put_back(writes)
+            raise
+        allocator.written()
+
+    def _table_of(self, each: _Kept) -> npt.NDArray[np.uint64]:
+        if each.table is None:
+            bitmap = each.bitmap
+            stored = read_structure(self._file.storage, "bitmap table", bitmap.table_offset, 8 * bitmap.table_entries)
+            each.table = np.frombuffer(stored, dtype=">u8").astype(np.uint64)
+            with about_file(self._file.storage.path):
+                bits.check_table(each.table, self._cluster_size)
+        return each.table
+
+    def _read_bits(self, each: _Kept, host_offset: int) -> bytes:
+        name = f'bitmap "{printable(each.bitmap.name)}"'
+        return read_structure(self._file.storage, name, host_offset, self._cluster_size)

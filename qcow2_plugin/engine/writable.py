@@ -1,0 +1,451 @@
+"""An image that is open for writing, and the write path from top to bottom.
+
+A write is planned under the image's lock (`WrittenMapping.place`), moved without it and committed under it again. In
+front of that stands the write lane (see `written_tables`): nearly every write to a disk in use goes from the caller's
+buffer straight to the storage, without a lock.
+
+    write_from     the write lane: allocated, ours alone, in line   -> storage
+    _write_placed  everything else, slice by slice: place -> _move -> storage -> commit, or abandon
+    write_zeroes   entries changed under the lock; odd ends as data
+    discard        entries changed under the lock
+    flush          `writeback`, which owns the order of writes
+
+Nothing is written by opening an image. Before its first change (`_begin`) what would be untrue afterwards is put right
+on disk, durably: refcounts of a dirty image, feature bits that we do not know, bitmaps that are about to change. With
+an external data file zeroes and discards reach that file before the entries say so, and after every request that was
+on its way there; so a raw data file shows at any time what the guest sees.
+
+**Lock.** The image's lock guards the tables, refcounts, bitmaps and claims; it is never held while guest data moves.
+The turn of `writeback` is taken before it, never inside.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from _thread import get_ident
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import islice
+from typing import cast
+
+from qcow2_plugin.engine.allocator import Allocator
+from qcow2_plugin.engine.image import Image, Layer
+from qcow2_plugin.engine.image_file import ImageFile
+from qcow2_plugin.engine.metadata import read_metadata
+from qcow2_plugin.engine.placement import Clearing, Fill, Piece, Placement, WrittenMapping
+from qcow2_plugin.engine.rebuild import rebuild_refcounts
+from qcow2_plugin.engine.requests import Requests
+from qcow2_plugin.engine.resizing import resize
+from qcow2_plugin.engine.tables import RUN_MASK, TableSource
+from qcow2_plugin.engine.tracking import BitmapTracker
+from qcow2_plugin.engine.writeback import WriteBack
+from qcow2_plugin.engine.written_tables import WrittenTables
+from qcow2_plugin.extent import Extent
+from qcow2_plugin.format.header import AUTOCLEAR_BITMAPS, AUTOCLEAR_DATA_FILE_RAW, EXTENSION_BITMAPS, Header
+from qcow2_plugin.storage import Buffer, WritableStorage
+
+_ZEROS = memoryview(bytes(1 << 20))
+_MAX_ZERO_FILL = 64 << 10
+"""Bytes of zeros around a write that are written along with it; more are left to the file system."""
+_EXTENTS_AT_ONCE = 64
+"""Extents told under one hold of the lock."""
+_MIN_CHANGED_SIZE = 1 << 20
+_MAX_RETIRED = 1 << 20
+"""Clusters that may wait for a write-back."""
+
+
+class WritableImage(Image):
+    """The active disk of an image that is open for writing. Use `open_image` to get one."""
+
+    writable = True
+
+    def __init__(self, layer: Layer, resources: ExitStack) -> None:
+        """`layer.storage` and `layer.data` can be written to; `resources` is closed with the image.
+
+        Raises CorruptImageError or TruncatedImageError if the structures of the image cannot be right; OSError.
+        """
+        super().__init__(layer, resources)
+        storage, data = cast(WritableStorage, layer.storage), cast(WritableStorage, layer.data)
+        self.file = ImageFile(storage, layer.header, read_metadata(storage, layer.header))
+        self.allocator = Allocator(self.file)
+        self.tracker = BitmapTracker(self.file, self.bitmaps())
+        source = TableSource.of(layer.header, storage, None, allow_damaged=False)
+        self.tables = WrittenTables(
+            source, layer.cache_size, self.file, self.allocator, tracks_changes=not self.tracker.is_empty
+        )
+        self.written = WrittenMapping(self.tables, self.file, self.allocator, layer.backing)
+        self._use(self.written)
+        self._write_lane = self.tables.write_lane
+        self.requests = Requests(self._lock)
+        self.write_back = WriteBack(
+            self.file, data, allocator=self.allocator, tables=self.tables, requests=self.requests, lock=self._lock
+        )
+        self._max_changed_size = max(layer.cache_size // 2, _MIN_CHANGED_SIZE)
+        self.data = data
+        self._write_data = data.write_from
+        self._has_begun = False
+
+    @property
+    def header(self) -> Header:
+        """The header as it is now."""
+        return self.file.header
+
+    @property
+    def cluster_size(self) -> int:
+        """Bytes."""
+        return self._cluster_mask + 1
+
+    # -- reading --
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill `buffer` (of bytes) from guest `offset`; no alignment is needed, the range must lie inside the disk.
+
+        Raises OutOfRangeError, CorruptImageError, TruncatedImageError, ImageClosedError; OSError of the files.
+        After an error the contents of `buffer` are undefined.
+        """
+        requests = self.requests
+        ident = get_ident()
+        requests.in_flight[ident] = requests.epoch
+        try:
+            try:
+                lane_word = self._lane[offset >> self._lane_bits][offset >> self._cluster_bits & self._lane_mask]
+            except KeyError:
+                lane_word = 0
+            clusters_in_line = lane_word & RUN_MASK
+            within = offset & self._cluster_mask
+            if within + len(buffer) <= clusters_in_line << self._cluster_bits:
+                self._read_data(buffer, lane_word - clusters_in_line + within)
+            else:
+                view = memoryview(buffer).cast("B")
+                self._read_extents(view, offset, self._resolve(offset, len(view)))
+        finally:
+            del requests.in_flight[ident]
+            if requests.waiting:
+                requests.ended()
+
+    def _runs(self, offset: int, length: int) -> Iterator[Extent]:
+        """A table may move or vanish between two looks, so each is taken whole, under the lock."""
+        end = offset + length
+        while offset < end:
+            with self._lock:
+                extents = list(islice(self._mapping.runs(offset, end - offset), _EXTENTS_AT_ONCE))
+            yield from extents
+            offset = extents[-1].guest_offset + extents[-1].length
+
+    # -- writing --
+
+    def write_from(self, buffer: Buffer, offset: int, *, durable: bool = False) -> None:
+        """Write `buffer` to guest `offset`; see `Image.write_from`."""
+        requests = self.requests
+        ident = get_ident()
+        requests.in_flight[ident] = requests.epoch
+        try:
+            try:
+                lane_word = self._write_lane[offset >> self._lane_bits][offset >> self._cluster_bits & self._lane_mask]
+            except KeyError:
+                lane_word = 0
+            clusters_in_line = lane_word & RUN_MASK
+            within = offset & self._cluster_mask
+            if within + len(buffer) <= clusters_in_line << self._cluster_bits:
+                self._write_data(buffer, lane_word - clusters_in_line + within)
+            else:
+                self._write_placed(memoryview(buffer).cast("B"), offset)
+        finally:
+            del requests.in_flight[ident]
+            if requests.waiting:
+                requests.ended()
+        if durable:
+            self.flush()
+
+    def _write_placed(self, view: memoryview, offset: int) -> None:
+        self._require_range(offset, len(view))
+        end = offset + len(view)
+        start = offset
+        while start < end:
+            self._make_room()
+            part_end = min(end, (start | self.written.slice_coverage - 1) + 1)
+            self._write_part(view[start - offset : part_end - offset], start)
+            start = part_end
+
+    def _write_part(self, view: memoryview, start: int) -> None:
+        """Write what lies below one slice."""
+        self.put(
+            start, start + len(view), lambda piece: self._move(piece, view[piece.start - start : piece.end - start])
+        )
+
+    def put(self, start: int, end: int, move: Callable[[Piece], None]) -> None:
+        """Give guest bytes `start` to `end`, which lie below one slice, places that may be written to; what is new
+        shows when `move` has filled every piece."""
+        with self.changing():
+            placement = self._place(start, end)
+        try:
+            for piece in placement.pieces:
+                move(piece)
+            if placement.changes:
+                with self.changing():
+                    self._commit(placement)
+        except BaseException:
+            if placement.changes:
+                with self._lock:
+                    self._abandon(placement)
+            raise
+
+    def _place(self, start: int, end: int) -> Placement:
+        self._begin_change(start, end)
+        self.tracker.mark(start, end - start)
+        placement = self.written.place(start, end)
+        if placement.changes:
+            self.requests.claim(placement.first, placement.end)
+        elif len(placement.pieces) == 1 and self._may_write(placement):
+            self.written.enter_write_lane(placement)
+        return placement
+
+    def _move(self, piece: Piece, data: memoryview) -> None:
+        """Put data where it belongs, together with what surrounds it."""
+        head, tail = piece.head, piece.tail
+        if not head.length and not tail.length:
+            self._write_data(data, piece.host_offset)
+            return
+        before = self._filling(head, piece.start - head.length, piece.host_offset - head.length, piece.is_clean)
+        behind = self._filling(tail, piece.end, piece.host_offset + len(data), piece.is_clean)
+        self.data.write_vector([before, data, behind], piece.host_offset - len(before))
+
+    def _filling(self, fill: Fill, guest_offset: int, host_offset: int, is_clean: bool) -> Buffer:
+        """The bytes of `fill`, which begins at `guest_offset`; nothing where zeros are there or can be had cheaper."""
+        if fill.extents:
+            content = bytearray(fill.length)
+            known = fill.extents[-1].guest_offset + fill.extents[-1].length - guest_offset
+            self._read_extents(memoryview(content)[:known], guest_offset, fill.extents)
+            return content
+        if is_clean or not fill.length:
+            return b""
+        if fill.length <= _MAX_ZERO_FILL and self.data is self.layer.storage:
+            return _ZEROS[: fill.length]
+        self.data.write_zeroes(host_offset, fill.length, may_punch=self.data is not self.layer.storage)
+        return b""
+
+    def _commit(self, placement: Placement) -> None:
+        self.written.commit(placement, may_write=self._may_write(placement))
+        self.requests.release(placement.first, placement.end)
+
+    def _abandon(self, placement: Placement) -> None:
+        self.requests.release(placement.first, placement.end)
+        self.written.abandon(placement)
+
+    def _may_write(self, placement: Placement) -> bool:
+        """True if later writes to these clusters are nothing new to any bitmap."""
+        start, end = placement.first << self._cluster_bits, placement.end << self._cluster_bits
+        if self.tracker.is_empty:
+            return True
+        return self.tracker.covers(start, min(end, self.virtual_size) - start)
+
+    # -- zeroes and discards --
+
+    def write_zeroes(self, offset: int, length: int, *, may_unmap: bool = True, only_fast: bool = False) -> None:
+        """Make a guest range read as zeros; see `Image.write_zeroes`."""
+        self._require_range(offset, length)
+        end = offset + length
+        clearing = Clearing.FREE if may_unmap else Clearing.KEEP
+        if self.header.version < 3 and self.layer.backing is not None:
+            start = stop = end  # no entry could say zero
+        else:
+            start, stop = self._whole(offset, end, self.header.geometry.subcluster_size)
+        first, last = self._whole(start, stop, self._cluster_mask + 1)
+        odd_ends = [(offset, start), (stop, end)]
+        parts = [*self._by_cluster(start, first), *self._by_cluster(last, stop)]
+        if only_fast:
+            self._require_fast(odd_ends, parts)
+        for part_start, part_end in odd_ends:
+            self._write_zeros_as_data(part_start, part_end)
+        for part_start, part_end in parts:
+            self._clear_subclusters(part_start, part_end, clearing)
+        self.clear_clusters(first, last, clearing)
+
+    def discard(self, offset: int, length: int) -> None:
+        """Give back whole clusters of a guest range; see `Image.discard`."""
+        self._require_range(offset, length)
+        if self.header.version < 3 and self.layer.backing is not None:
+            return  # the backing file would show through
+        first, last = self._whole(offset, offset + length, self._cluster_mask + 1)
+        self.clear_clusters(first, last, Clearing.DISCARD)
+
+    def _whole(self, start: int, end: int, unit: int) -> tuple[int, int]:
+        """Start and end of the whole units between `start` and `end`; both `end` if there is none. The last unit of
+        the disk ends with it."""
+        first = -(-start // unit) * unit
+        last = end if end == self.virtual_size else end // unit * unit
+        return (first, last) if first < last else (end, end)
+
+    def _by_cluster(self, start: int, end: int) -> Iterator[tuple[int, int]]:
+        """The parts of a range that lie in one cluster each."""
+        while start < end:
+            part_end = min(end, (start | self._cluster_mask) + 1)
+            yield start, part_end
+            start = part_end
+
+    def _require_fast(self, odd_ends: list[tuple[int, int]], parts: list[tuple[int, int]]) -> None:
+        """Raises OSError with ENOTSUP if zeros have to be written as data."""
+        with self._lock:
+            is_slow = any(start < end and not self.written.reads_as_zeros(start, end) for start, end in odd_ends)
+            is_slow |= any(self.written.is_compressed(start) for start, _ in parts)
+        if is_slow:
+            raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+
+    def _write_zeros_as_data(self, start: int, end: int) -> None:
+        """Zeros to guest bytes that share a subcluster with others; what reads as zeros already stays as it is."""
+        while start < end:
+            part_end = min(end, start + len(_ZEROS))
+            with self._lock:
+                is_done = self.written.reads_as_zeros(start, part_end)
+            if not is_done:
+                self.write_from(_ZEROS[: part_end - start], start)
+            start = part_end
+
+    def _clear_subclusters(self, start: int, end: int, clearing: Clearing) -> None:
+        """Clear some of the subclusters of one cluster."""
+        with self._lock:
+            is_compressed = self.written.is_compressed(start)
+        if is_compressed:
+            self._write_zeros_as_data(start, end)
+        else:
+            self._clear(start, end, clearing)
+
+    def clear_clusters(self, start: int, end: int, clearing: Clearing) -> None:
+        """Clear whole clusters, guest bytes `start` to `end`, slice by slice."""
+        while start < end:
+            if self.layer.backing is None or clearing is Clearing.DROP:
+                with self._lock:
+                    start = self.written.next_mapped(start, end)
+            part_end = min(end, (start | self.written.slice_coverage - 1) + 1)
+            if start < part_end:
+                self._clear(start, part_end, clearing)
+            start = part_end
+
+    def _clear(self, start: int, end: int, clearing: Clearing) -> None:
+        """Clear whole clusters below one slice, or whole subclusters of one cluster."""
+        self._make_room()
+        is_freed = clearing is not Clearing.KEEP
+        first, last = start >> self._cluster_bits, (end - 1 >> self._cluster_bits) + 1
+        with self.changing():
+            self._begin_change(start, end)
+            self.tracker.mark(start, end - start)
+            clear = self.written.plan_clear(start, end, clearing)
+            if clear is None:
+                return
+            if self.data is self.layer.storage or not (is_freed or self.header.data_file_raw):
+                self.written.apply(clear, punch=is_freed)
+                return
+            self.written.hide_from_lanes(start, end)
+            self.requests.claim(first, last)
+        try:
+            with self._lock:
+                self.requests.drain()
+            self.data.write_zeroes(start, end - start, may_punch=is_freed)
+            with self.changing():
+                self.written.apply(clear, punch=False)
+        finally:
+            with self._lock:
+                self.requests.release(first, last)
+
+    # -- the beginning, the end and what lies between --
+
+    def resize(self, virtual_size: int, *, allow_shrink: bool = False, preallocation: str = "off") -> None:
+        """Change the size of the disk; see `Image.resize`."""
+        resize(self, virtual_size, allow_shrink=allow_shrink, preallocation=preallocation)
+
+    def flush(self) -> None:
+        """Make durable what was acknowledged; see `Image.flush`."""
+        self._require_range(0, 0)
+        if not self._has_begun:
+            return
+        try:
+            self.write_back.run()
+        finally:
+            self._notice_failure()
+
+    def close(self) -> None:
+        """Store everything and give back files and locks; requests must have ended. A second call does nothing.
+
+        Raises as `flush` does, and the files are given back all the same; not if the image had failed before.
+        """
+        if self._closed:
+            return
+        try:
+            if self._has_begun and self.file.failure is None:
+                self._store()
+        finally:
+            super().close()
+
+    def _store(self) -> None:
+        """Bring the image on disk to where nothing is left to do."""
+        self.write_back.run()
+        if self.tracker.has_held:
+            self.tracker.store_bits(self.allocator)
+            self.write_back.run()
+            self.tracker.store_tables()
+            self.file.barrier()
+            self.tracker.finish()
+            self.file.barrier()
+        while self.write_back.has_work:  # no request is left, so what waits can be reclaimed
+            self.write_back.run()
+
+    def _begin_change(self, start: int, end: int) -> None:
+        """Wait until nobody else changes these guest bytes' clusters; see that the image may be changed. Lock held."""
+        self.get_ready()
+        if self.requests.wait_until_free(start >> self._cluster_bits, (end - 1 >> self._cluster_bits) + 1):
+            self.get_ready()
+
+    def get_ready(self) -> None:
+        """See that the image takes changes, and knows that they begin. Raises FailedImageError, OSError. Lock held."""
+        if self._has_begun and self.file.failure is None:
+            return
+        self.file.require_writable()
+        self._begin()
+
+    def _begin(self) -> None:
+        """What has to be true on disk before the first change, durably."""
+        header = self.file.header
+        if header.dirty:
+            rebuild_refcounts(self.file, self.allocator)
+            self.tables.forget()
+        kept = _kept_autoclear_features(header)
+        if kept != header.autoclear_features:
+            self.file.update_header(autoclear_features=kept)
+        self.tracker.begin()
+        self.file.barrier()
+        self._has_begun = True
+
+    def _make_room(self) -> None:
+        """Write back, if much has changed. The request of this thread, if it is in flight, begins anew after that."""
+        if self.tables.changed_size <= self._max_changed_size and self.allocator.retired_count <= _MAX_RETIRED:
+            return
+        ident = get_ident()
+        was_in_flight = self.requests.in_flight.pop(ident, None) is not None
+        try:
+            self.flush()
+        finally:
+            if was_in_flight:
+                self.requests.in_flight[ident] = self.requests.epoch
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """The image's lock, for a change; once that finds a failure, nothing is written straight any more."""
+        try:
+            with self._lock:
+                yield
+        except BaseException:
+            self._notice_failure()
+            raise
+
+    def _notice_failure(self) -> None:
+        if self.file.failure is not None:
+            self._write_lane = {}
+
+
+def _kept_autoclear_features(header: Header) -> int:
+    """The autoclear features whose promise a writer of this package keeps."""
+    kept = header.autoclear_features & (AUTOCLEAR_BITMAPS | AUTOCLEAR_DATA_FILE_RAW)
+    if header.extension_data(EXTENSION_BITMAPS) is None:
+        kept &= ~AUTOCLEAR_BITMAPS
+    return kept

@@ -1,0 +1,319 @@
+"""L1 and L2 tables that are being changed: what is in memory, and what of it the disk does not have yet.
+
+**States of a slice.** *Clean*: as on disk, kept by the two generations of `Tables`. *Own*: its L2 table is referred to
+by the active L1 table alone, proven when the first entry is about to change, so entries change in place; a table that a
+snapshot shares is copied before. *Changed*: kept, whatever the generations forget, until a write-back has it on disk.
+While a write-back writes a slice it counts as changed still, and so do later changes of it.
+
+**States of an L2 table.** A new one (fresh, or the copy of a shared one) is *unpublished*: the L1 entry that names it
+is in memory only. Its content is written before any durable pointer to it, its changed slices too; once the L1 entry is
+written it is like any other.
+
+**The write lane.** As the lane of `Tables` is for readers, the write lane is for writers in a hurry: a cluster has a
+word there only if a write of it may go straight to the storage. Beyond what the lane proves, that is: COPIED is set and
+the refcount is 1, both, and no structure is there; proven for a whole slice at once, when it is first written to, and
+kept true by every change. With dirty bitmaps to keep, a cluster enters the write lane only when they have it all.
+
+**Lock.** The image's, for everything but looking into `lane` and `write_lane`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from qcow2_plugin.engine.allocator import Allocator
+from qcow2_plugin.engine.image_file import ImageFile, Structure
+from qcow2_plugin.engine.tables import RUN_MASK, Slice, Tables, TableSource, lane_words
+from qcow2_plugin.format.entries import COPIED, Entries
+
+_L1_CHUNK = 8192
+"""L1 entries looked at together."""
+
+
+@dataclass(slots=True)
+class TableWrites:
+    """What of the tables a write-back writes: places and bytes. `unpublished` slices come before a barrier, the L1
+    entries and the other slices behind it."""
+
+    unpublished: list[tuple[int, bytes]] = field(default_factory=list)
+    l1_entries: list[tuple[int, bytes]] = field(default_factory=list)
+    slices: list[tuple[int, bytes]] = field(default_factory=list)
+    l1_changes: dict[int, int] = field(default_factory=dict)
+    new_tables: set[int] = field(default_factory=set)
+
+
+class WrittenTables(Tables):
+    """The tables of the active disk. `tracks_changes`: there are dirty bitmaps to keep."""
+
+    def __init__(
+        self, source: TableSource, cache_size: int, file: ImageFile, allocator: Allocator, *, tracks_changes: bool
+    ) -> None:
+        super().__init__(replace(source, reserved=()), cache_size)  # the map of `file` knows them as they are now
+        self.write_lane: dict[int, memoryview] = {}
+        self._file = file
+        self._allocator = allocator
+        self._tracks_changes = tracks_changes
+        self._changed: dict[int, Slice] = {}
+        self._being_written: dict[int, Slice] = {}
+        self._by_place: dict[int, Slice] = {}
+        """The changed slices and those being written, by host offset."""
+        self._l1_changes: dict[int, int] = {}
+        """L1 entries that may not be on disk."""
+        self._new_tables: set[int] = set()
+        """Host offsets of unpublished L2 tables."""
+
+    # -- reading what memory knows better --
+
+    def read_l1(self, index: int, count: int) -> Entries:
+        """`count` L1 entries from `index`, native-endian."""
+        entries = super().read_l1(index, count)
+        for changed, entry in self._l1_changes.items():
+            if index <= changed < index + count:
+                entries[changed - index] = entry
+        return entries
+
+    def read_l2(self, table_offset: int, index: int, count: int) -> Entries:
+        """The words of `count` L2 entries from `index` of the table at this host offset, native-endian."""
+        words = super().read_l2(table_offset, index, count)
+        if not self._by_place:
+            return words
+        start = table_offset + index * self.source.rules.geometry.l2_entry_size
+        slice_size = 8 * len(self._missing.words)
+        for place in range(start - (start - table_offset) % slice_size, start + 8 * len(words), slice_size):
+            known = self._by_place.get(place)
+            if known is not None:
+                first, last = max(place, start), min(place + slice_size, start + 8 * len(words))
+                known_words = np.frombuffer(known.words, dtype=np.uint64)
+                words[first - start >> 3 : last - start >> 3] = known_words[first - place >> 3 : last - place >> 3]
+        return words
+
+    def l2_table_offset(self, l1_entry: int, l1_index: int) -> int:
+        """Host offset of the L2 table that an L1 entry points to, 0 for none. Raises CorruptImageError."""
+        table_offset = super().l2_table_offset(l1_entry, l1_index)
+        owner = self._file.metadata.owner(table_offset >> self.source.rules.geometry.cluster_bits)
+        if table_offset and owner not in (0, Structure.L2_TABLE):
+            raise self._corrupt_l1(l1_index, f"points into the {Structure(owner).title}")
+        return table_offset
+
+    def _read_slice(self, key: int) -> Slice:
+        return self._changed.get(key) or self._being_written.get(key) or super()._read_slice(key)
+
+    def _keep(self, key: int, kept: Slice) -> None:
+        if self._young_size >= self._generation_size:
+            self.write_lane.clear()
+        super()._keep(key, kept)
+        if kept.write_lane is not None:
+            self.write_lane[key] = kept.write_lane
+
+    def forget(self) -> None:
+        """Drop everything that is kept and not changed."""
+        super().forget()
+        self.write_lane.clear()
+
+    def next_table(self, index: int, end: int) -> int:
+        """The first L1 entry from `index` on, and before `end`, that names an L2 table; `end` if none does."""
+        count = 1
+        while index < end:
+            entries = self.read_l1(index, min(count, end - index))
+            named = np.flatnonzero(entries)
+            if named.size:
+                return index + int(named[0])
+            index += len(entries)
+            count = _L1_CHUNK
+        return end
+
+    # -- changing --
+
+    def slice_for_writing(self, key: int) -> Slice:
+        """The slice with this key and its write lane."""
+        found = self.slice_at(key)
+        if found.write_lane is None and found is not self._missing:
+            found.write_lane = self._write_lane_of(found)
+            self.write_lane[key] = found.write_lane
+        return found
+
+    def own(self, key: int) -> Slice:
+        """The slice with this key, its write lane too, in an L2 table that is ours alone: a fresh one where there was
+        none, a copy where there was a shared one.
+
+        Raises CorruptImageError, TruncatedImageError, OSError.
+        """
+        found = self.slice_for_writing(key)
+        if found.is_own:
+            return found
+        l1_index = key >> self.source.rules.geometry.l2_coverage_bits - self.slice_bits
+        entry = int(self.read_l1(l1_index, 1)[0])
+        table_offset = self.l2_table_offset(entry, l1_index)
+        if table_offset and entry & COPIED:
+            refcount = self._allocator.refcount(table_offset >> self.source.rules.geometry.cluster_bits)
+            if refcount != 1:
+                raise self._file.corrupt(
+                    "L1 table", f"entry {l1_index} is {entry:#x}, but its L2 table has a refcount of {refcount}"
+                )
+        else:
+            self._replace_table(l1_index, table_offset)
+            found = self.slice_for_writing(key)
+        found.is_own = True
+        return found
+
+    def changed(self, key: int, found: Slice) -> None:
+        """Entries of this slice, which is own, differ from those on disk now."""
+        self._changed[key] = found
+        self._by_place[found.host_offset] = found
+
+    def _replace_table(self, l1_index: int, old_offset: int) -> None:
+        geometry = self.source.rules.geometry
+        content = bytes(geometry.cluster_size)
+        if old_offset:
+            content = self.read_l2(old_offset, 0, geometry.l2_entries).astype(">u8").tobytes()
+        table_offset = self._allocator.allocate_table(Structure.L2_TABLE, geometry.cluster_size)
+        try:
+            self._file.write(Structure.L2_TABLE, content, table_offset)
+        except OSError:
+            self._allocator.release_table(table_offset, geometry.cluster_size)
+            raise
+        self._l1_changes[l1_index] = table_offset | COPIED
+        self._new_tables.add(table_offset)
+        if old_offset:
+            self._allocator.retire_table(old_offset >> geometry.cluster_bits, 1)
+        self._forget_table(l1_index)
+
+    def _forget_table(self, l1_index: int) -> None:
+        key_bits = self.source.rules.geometry.l2_coverage_bits - self.slice_bits
+        for key in range(l1_index << key_bits, l1_index + 1 << key_bits):
+            self._young.pop(key, None)
+            self._old.pop(key, None)
+            self.lane.pop(key, None)
+            self.write_lane.pop(key, None)
+
+    # -- the lanes --
+
+    def _write_lane_of(self, found: Slice) -> memoryview:
+        geometry = self.source.rules.geometry
+        lane = np.frombuffer(found.lane, dtype=np.int64)
+        words = np.frombuffer(found.words, dtype=np.uint64)
+        host_offsets = lane & ~RUN_MASK
+        direct = (lane != 0) & ((words[::2] if geometry.extended_l2 else words) & np.uint64(COPIED) != 0)
+        if self._tracks_changes:
+            direct[:] = False
+        if not self.source.rules.has_data_file and direct.any():
+            clusters = host_offsets[direct] >> geometry.cluster_bits
+            direct[direct] = (self._allocator.refcounts_of(clusters) == 1) & ~self._file.metadata.among(clusters)
+        return lane_words(direct, host_offsets, geometry.cluster_size).data
+
+    def enter_lanes(self, found: Slice, places: list[tuple[int, int]], *, may_write: bool) -> None:
+        """Clusters may be read straight from the storage from now on, with `may_write` written to as well.
+
+        `places` are (index in the slice, host offset), ascending.
+        """
+        cluster_size = self.source.rules.geometry.cluster_size
+        self.leave_lanes(found, places[0][0], places[-1][0] + 1)
+        next_index, next_offset, count = -1, -1, 0
+        for index, host_offset in reversed(places):
+            is_in_line = index + 1 == next_index and host_offset + cluster_size == next_offset
+            count = min(count + 1, RUN_MASK) if is_in_line else 1
+            found.lane[index] = host_offset | count
+            if may_write and found.write_lane is not None:
+                found.write_lane[index] = host_offset | count
+            next_index, next_offset = index, host_offset
+
+    def leave_lanes(self, found: Slice, first: int, end: int) -> None:
+        """The clusters with these indexes are not read or written straight any more."""
+        for lane in (found.lane, found.write_lane):
+            if lane is None:
+                continue
+            if lane[first]:
+                _end_runs_at(np.frombuffer(lane, dtype=np.int64), first)
+            if end - first == 1:
+                lane[first] = 0
+            else:
+                np.frombuffer(lane, dtype=np.int64)[first:end] = 0
+
+    def join_lanes(self, found: Slice) -> None:
+        """Let the runs of both lanes be as long as they are; clusters that entered one by one do not see to that."""
+        for lane in (found.lane, found.write_lane):
+            if lane is not None:
+                words = np.frombuffer(lane, dtype=np.int64)
+                words[:] = lane_words(words != 0, words & ~RUN_MASK, self.source.rules.geometry.cluster_size)
+
+    # -- writing back --
+
+    @property
+    def changed_size(self) -> int:
+        """Bytes of changed slices."""
+        return len(self._changed) * 8 * len(self._missing.words)
+
+    @property
+    def has_changes(self) -> bool:
+        """Something differs from the disk."""
+        return bool(self._changed or self._l1_changes)
+
+    def take_writes(self) -> TableWrites:
+        """What differs from the disk now, to be written in the order that `TableWrites` tells."""
+        geometry = self.source.rules.geometry
+        writes = TableWrites(l1_changes=dict(self._l1_changes), new_tables=set(self._new_tables))
+        self._being_written, self._changed = self._changed, {}
+        for found in sorted(self._being_written.values(), key=_place):
+            table_offset = found.host_offset & -geometry.cluster_size
+            target = writes.unpublished if table_offset in self._new_tables else writes.slices
+            words: Any = np.frombuffer(found.words, dtype=np.uint64)
+            target.append((found.host_offset, words.astype(">u8").tobytes()))
+        writes.l1_entries = [
+            (self.source.l1_table_offset + 8 * index, entry.to_bytes(8, "big"))
+            for index, entry in sorted(self._l1_changes.items())
+        ]
+        return writes
+
+    def publish(self, writes: TableWrites) -> None:
+        """From now on the disk may name the new tables of `writes`, whether writing succeeds or not."""
+        self._new_tables -= writes.new_tables
+
+    def written(self, writes: TableWrites) -> None:
+        """All of `writes` is durable."""
+        for found in self._being_written.values():
+            if self._by_place.get(found.host_offset) is found:
+                del self._by_place[found.host_offset]
+        self._being_written = {}
+        for key, found in self._changed.items():
+            self.changed(key, found)
+        for index, entry in writes.l1_changes.items():
+            if self._l1_changes.get(index) == entry:
+                del self._l1_changes[index]
+
+    def put_back(self) -> None:
+        """Undo `take_writes`: not all of it could be written."""
+        self._changed = {**self._being_written, **self._changed}
+        self._being_written = {}
+
+    # -- another size of the disk --
+
+    def drop_table(self, l1_index: int) -> None:
+        """An L1 entry names no L2 table any more; nothing below it is mapped. Raises CorruptImageError, OSError."""
+        entry = int(self.read_l1(l1_index, 1)[0])
+        table_offset = self.l2_table_offset(entry, l1_index)
+        if table_offset:
+            self._l1_changes[l1_index] = 0
+            self._allocator.retire_table(table_offset >> self.source.rules.geometry.cluster_bits, 1)
+            self._forget_table(l1_index)
+
+    def move(self, l1_table_offset: int, l1_size: int, virtual_size: int) -> None:
+        """The L1 table is here now, or the disk has another size."""
+        self.source = replace(self.source, l1_table_offset=l1_table_offset, l1_size=l1_size, virtual_size=virtual_size)
+        self.forget()
+
+
+def _place(found: Slice) -> int:
+    return found.host_offset
+
+
+def _end_runs_at(lane: np.ndarray[Any, np.dtype[np.int64]], index: int) -> None:
+    """Make the runs that reach `index` end before it."""
+    before = lane[max(index - RUN_MASK, 0) : index]
+    if not before.size:
+        return
+    limits = np.arange(len(before), 0, -1)
+    counts = before & RUN_MASK
+    np.copyto(before, before - counts + limits, where=counts > limits)
