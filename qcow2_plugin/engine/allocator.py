@@ -108,6 +108,8 @@ class Allocator:
         self._new: set[int] = set()
         self._being_written: set[int] = set()
         self._table_is_new = False
+        self._old_tables: list[tuple[int, int]] = []
+        """First cluster and number of clusters of tables that the header may still name."""
         self._hint = 0
         self._next = self._end = 0
         self._retired: list[Retired] = []
@@ -138,11 +140,11 @@ class Allocator:
         count = -(-length // self._cluster_size)
         if self._next == self._end:
             self._find_free_run()
-        if count > self._end - self._next:
-            first = self._append_area(count)
-        else:
+        if count <= self._end - self._next:
             first = self._next
             self._hand_out([], first, count)
+        else:
+            first = self._take_last_run(count) or self._append_area(count)
         self._file.metadata.claim(structure, first, count)
         return first << self._cluster_bits
 
@@ -177,15 +179,20 @@ class Allocator:
                 break
             slot, index = slot + 1, 0
         first, count = slot * self._per_block + free[0], free[1]
-        if first + count << self._cluster_bits > OFFSET_MASK + 1:
-            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
-        taken = self._file.metadata.first_in(first, count)
-        if taken is not None:
-            owner = Structure(self._file.metadata.owner(taken)).title
-            raise self._file.corrupt(
-                "refcount block", f"says that cluster {taken:#x} of the {owner} is free", int(self._table[slot])
-            )
+        self._require_unused(first, count)
         self._next, self._end = first, first + count
+
+    def _take_last_run(self, count: int) -> int | None:
+        """The first of so many clusters behind everything in use, None if the last block does not describe as many."""
+        slot = self._first_slot_behind_use() - 1
+        used = np.flatnonzero(self._block(slot))
+        index = int(used[-1]) + 1 if used.size else 0
+        if count > self._per_block - index:
+            return None
+        first = slot * self._per_block + index
+        self._require_unused(first, count)
+        self._count_new(first, count)
+        return first
 
     # -- growth --
 
@@ -198,11 +205,17 @@ class Allocator:
         self._place_block(slot, slot * self._per_block)
         self._count_new(slot * self._per_block, 1)
 
-    def _place_block(self, slot: int, cluster: int) -> None:
-        if cluster << self._cluster_bits > OFFSET_MASK:
+    def _require_unused(self, first: int, count: int) -> None:
+        """Raises OSError (EFBIG) if no entry can name these clusters, CorruptImageError if one holds a structure."""
+        if first + count << self._cluster_bits > OFFSET_MASK + 1:
             raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
-        if self._file.metadata.owner(cluster):
-            raise self._file.corrupt("refcount table", f"lacks the block for used cluster {cluster:#x}")
+        taken = self._file.metadata.first_in(first, count)
+        if taken is not None:
+            owner = Structure(self._file.metadata.owner(taken)).title
+            raise self._file.corrupt("refcounts", f"say that cluster {taken:#x} of the {owner} is free")
+
+    def _place_block(self, slot: int, cluster: int) -> None:
+        self._require_unused(cluster, 1)
         self._file.metadata.claim(Structure.REFCOUNT_BLOCK, cluster, 1)
         self._blocks[slot] = np.zeros(self._per_block, dtype=self._dtype)
         self._table[slot] = cluster << self._cluster_bits
@@ -233,6 +246,7 @@ class Allocator:
     def _lay_out(self, slot: int, block_count: int, cluster_count: int) -> int:
         """An area that begins with the range of `slot`; the first cluster behind its blocks."""
         first = slot * self._per_block
+        self._require_unused(first, block_count + cluster_count)
         for index in range(block_count):
             self._place_block(slot + index, first + index)
         self._count_new(first, block_count + cluster_count)
@@ -256,8 +270,8 @@ class Allocator:
             table_clusters, block_count = max(needed_clusters, table_clusters), max(needed_blocks, block_count)
         if table_clusters << self._cluster_bits > MAX_REFCOUNT_TABLE_SIZE:
             raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
-        old_first = self._table_offset >> self._cluster_bits
-        old_count = len(self._table) * 8 >> self._cluster_bits
+        self._require_unused(slot * self._per_block, block_count + table_clusters)
+        old_table = self.table_run
         table = np.zeros((table_clusters << self._cluster_bits) // 8, dtype=np.uint64)
         table[: len(self._table)] = self._table
         self._table = table
@@ -265,7 +279,7 @@ class Allocator:
         self._file.metadata.claim(Structure.REFCOUNT_TABLE, first, table_clusters)
         self._table_offset = first << self._cluster_bits
         self._table_is_new = True
-        self.retire_table(old_first, old_count)
+        self._old_tables.append(old_table)  # stays a structure: a write-back may be writing to it
 
     # -- giving back --
 
@@ -278,8 +292,7 @@ class Allocator:
             return
         if self._file.metadata.among(clusters).any():
             raise self._file.corrupt("L2 entry", "points to a structure of the image")
-        self._retired.append(Retired(clusters, punch))
-        self.retired_count += len(clusters)
+        self._retire(clusters, punch=punch)
 
     def release_table(self, host_offset: int, length: int) -> None:
         """Take back what `allocate_table` gave."""
@@ -290,7 +303,11 @@ class Allocator:
     def retire_table(self, first: int, count: int) -> None:
         """`retire` for consecutive clusters that held a structure."""
         self._file.metadata.release(range(first, first + count))
-        self.retire(np.arange(first, first + count, dtype=np.int64))
+        self._retire(np.arange(first, first + count, dtype=np.int64), punch=False)
+
+    def _retire(self, clusters: Clusters, *, punch: bool) -> None:
+        self._retired.append(Retired(clusters, punch))
+        self.retired_count += len(clusters)
 
     def take_retired(self) -> list[Retired]:
         """What was retired up to now: a write-back that begins now removes the last pointers to it."""
@@ -395,7 +412,7 @@ class Allocator:
         free = np.flatnonzero(np.append(refcounts, np.zeros(self._per_block - len(refcounts), dtype=np.uint64)) == 0)
         if not free.size:
             raise self._file.corrupt("refcount table", "lacks a block and there is no room for one")
-        self._place_block(slot, slot * self._per_block + int(free[-1]))
+        self._place_block(slot, slot * self._per_block + int(free[0]))
 
     def block_places(self) -> Clusters:
         """The clusters of all refcount blocks."""
@@ -430,6 +447,9 @@ class Allocator:
             writes.table = (self._table_offset, self._table.astype(">u8").tobytes())
             writes.table_clusters = len(self._table) * 8 >> self._cluster_bits
             self._table_is_new = False
+            for first, count in self._old_tables:
+                self.retire_table(first, count)
+            self._old_tables.clear()
         else:
             writes.entries = [
                 (self._table_offset + 8 * slot, self._place(slot).to_bytes(8, "big"))
@@ -450,7 +470,8 @@ class Allocator:
         self._being_written = set()
 
     def _place(self, slot: int) -> int:
-        return int(self._table[slot])
+        """Host offset of the block of a slot, 0 if it has none."""
+        return int(self._table[slot]) if slot < len(self._table) else 0
 
     def _packed(self, slot: int) -> bytes:
         return pack_block(self._blocks[slot].astype(np.uint64), self._order)

@@ -46,7 +46,9 @@ class Structure(enum.IntEnum):
     REFCOUNT_BLOCK = 5
     SNAPSHOT_TABLE = 6
     SNAPSHOT_L1_TABLE = 7
-    BITMAP = 8
+    SNAPSHOT_L2_TABLE = 8
+    """One that the active L1 table does not name."""
+    BITMAP = 9
 
     @property
     def title(self) -> str:
@@ -57,8 +59,9 @@ class Structure(enum.IntEnum):
 class MetadataMap:
     """Which clusters hold which structure; clusters are numbers, not offsets."""
 
-    def __init__(self, parts: Iterable[tuple[Structure, Clusters]]) -> None:
-        """Raises ValueError if a cluster belongs to two structures."""
+    def __init__(self, parts: Iterable[tuple[Structure, Clusters]], snapshot_l2_tables: Clusters | None = None) -> None:
+        """`snapshot_l2_tables` are those of snapshots, also where the active disk shares them: they stay structures
+        when it does no longer. Raises ValueError if a cluster belongs to two structures."""
         arrays = [(structure, np.unique(clusters)) for structure, clusters in parts]
         clusters = np.concatenate([each for _, each in arrays])
         owners = np.concatenate([np.full(len(each), structure, dtype=np.uint8) for structure, each in arrays])
@@ -70,6 +73,7 @@ class MetadataMap:
             raise ValueError(f"cluster {int(clusters[twice[0]])} belongs to the {first} and the {second}")
         self._settled = clusters, owners
         self._changes: dict[int, int] = {}
+        self._kept = np.unique(np.zeros(0, dtype=np.int64) if snapshot_l2_tables is None else snapshot_l2_tables)
 
     def owner(self, cluster: int) -> int:
         """The `Structure` in this cluster, 0 for none. Lock: none."""
@@ -77,10 +81,8 @@ class MetadataMap:
         if changed is not None:
             return changed
         clusters, owners = self._settled
-        place = int(np.searchsorted(clusters, cluster))
-        if place < len(clusters) and clusters[place] == cluster:
-            return int(owners[place])
-        return 0
+        place = _place_of(cluster, clusters)
+        return 0 if place is None else int(owners[place])
 
     def first_in(self, first: int, count: int) -> int | None:
         """The first cluster of a run that holds a structure, None if none does."""
@@ -109,10 +111,10 @@ class MetadataMap:
         self._settle()
 
     def release(self, clusters: Iterable[int]) -> None:
-        """These clusters hold no structure any more."""
+        """These clusters hold no structure of the active disk any more."""
         for cluster in clusters:
             if self.owner(cluster):
-                self._changes[cluster] = 0
+                self._changes[cluster] = 0 if _place_of(cluster, self._kept) is None else Structure.SNAPSHOT_L2_TABLE
         self._settle()
 
     def _settle(self) -> None:
@@ -127,6 +129,12 @@ class MetadataMap:
         order = np.argsort(clusters)
         self._settled = clusters[order], owners[order]  # before the changes go: `owner` looks there first
         self._changes = {}
+
+
+def _place_of(cluster: int, clusters: Clusters) -> int | None:
+    """Where it is among ascending `clusters`, None if it is not."""
+    place = int(np.searchsorted(clusters, cluster))
+    return place if place < len(clusters) and clusters[place] == cluster else None
 
 
 class ImageFile:

@@ -2,7 +2,7 @@
 
 `structures` walks the image from the header: tables, refcount blocks, L1 tables of snapshots, bitmaps. `read_metadata`
 makes the map of it that guards every write, and refuses an image that has no such map: one in which two structures
-share a cluster, or in which one is not where it can be. Guest data and the L2 tables of snapshots are not looked at.
+share a cluster, or in which one is not where it can be. What L2 tables say is not looked at.
 
 Memory: 8 bytes for each cluster that holds a structure, several times over while the map is made.
 
@@ -46,24 +46,31 @@ def read_metadata(storage: Storage, header: Header) -> MetadataMap:
     UnsupportedFeatureError if there are too many; OSError.
     """
     parts: list[tuple[Structure, Clusters]] = []
+    active = kept = np.zeros(0, dtype=np.int64)
     cluster_count = 0
     for structure, clusters in structures(storage, header):
-        cluster_count += len(clusters)
-        if cluster_count > _MAX_CLUSTERS:
+        if structure is Structure.L2_TABLE:
+            active = np.unique(clusters)
+        elif structure is Structure.SNAPSHOT_L2_TABLE:
+            kept = np.union1d(kept, clusters)
+        else:
+            parts.append((structure, clusters))
+            cluster_count += len(clusters)
+        if cluster_count + len(active) + len(kept) > _MAX_CLUSTERS:
             raise UnsupportedFeatureError(
                 f"the image has more than {_MAX_CLUSTERS} clusters of tables, too many to write to it",
                 file=storage.path,
             )
-        # the active L1 table may name one L2 table twice; every other structure exists once
-        parts.append((structure, np.unique(clusters) if structure is Structure.L2_TABLE else clusters))
+    parts.append((Structure.L2_TABLE, active))
+    parts.append((Structure.SNAPSHOT_L2_TABLE, np.setdiff1d(kept, active, assume_unique=True)))
     _require_apart(parts, storage, header)
-    return MetadataMap(parts)
+    return MetadataMap(parts, kept)
 
 
 def structures(storage: Storage, header: Header) -> Iterator[tuple[Structure, Clusters]]:
-    """The clusters of each structure, once for every reference to them; those of bitmaps in several parts.
+    """The clusters of each structure, once for every reference to them, some in several parts.
 
-    L2 tables are those of the active disk. Raises as `read_metadata` does.
+    The L2 tables that the active disk shares with a snapshot are among those of either. Raises as `read_metadata` does.
     """
     places = _Places(storage, header)
     yield Structure.HEADER, np.zeros(1, dtype=np.int64)
@@ -85,6 +92,8 @@ def structures(storage: Storage, header: Header) -> Iterator[tuple[Structure, Cl
             check_l1_table(snapshot, storage, header, allow_damaged=False)
             clusters = places.run("snapshot L1 table", snapshot.l1_table_offset, 8 * snapshot.l1_size)
             yield Structure.SNAPSHOT_L1_TABLE, clusters
+            tables = l2_tables(storage, header, snapshot.l1_table_offset, snapshot.l1_size)
+            yield Structure.SNAPSHOT_L2_TABLE, tables
     for clusters in _bitmap_clusters(storage, header, places):
         yield Structure.BITMAP, clusters
 

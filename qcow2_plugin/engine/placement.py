@@ -18,6 +18,7 @@ Source: docs/interop/qcow2.rst, "Standard Cluster Descriptor", "Extended L2 Entr
 from __future__ import annotations
 
 import enum
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -62,7 +63,7 @@ class _Target(NamedTuple):
     """One guest cluster of a write, by the number of its entry in the slice.
 
     `host_offset` is the cluster's, None if a new one is needed; guest bytes `first` to `last` must be written so that
-    `start` to `end` can be; `bitmap` is the new one.
+    `start` to `end` can be; `bitmap` is the new one. `shows_zeros`: all of the cluster is known to read as zeros.
     """
 
     entry: int
@@ -73,6 +74,7 @@ class _Target(NamedTuple):
     last: int
     bitmap: int
     is_changed: bool
+    shows_zeros: bool = False
 
 
 class _Change(NamedTuple):
@@ -168,11 +170,13 @@ class WrittenMapping(Mapping):
         if word:
             return _Target(index, start, end, word & ~RUN_MASK, start, end, ALL_SUBCLUSTERS, False)
         entry, bitmap, entry_offset = self._entry(found, index)
+        cluster_end = base + self._geometry.cluster_size
+        if not entry and not self._geometry.extended_l2:
+            return _Target(index, start, end, None, base, cluster_end, 0, True, self._backing is None)
         kind = self._valid_kind(entry, bitmap, entry_offset, base)
         host_offset = self._own_cluster(entry, entry_offset, kind)
         if self._geometry.extended_l2:
             return self._extended_target(start, end, host_offset, entry, bitmap)
-        cluster_end = base + self._geometry.cluster_size
         if host_offset is not None and kind == ClusterKind.NORMAL:
             return _Target(index, start, end, host_offset, start, end, 0, False)
         return _Target(index, start, end, host_offset, base, cluster_end, 0, True)
@@ -241,7 +245,7 @@ class WrittenMapping(Mapping):
         """The pieces of a write, as few as the places allow."""
         clean_from = min((run.host_offset for run in placement.runs if run.is_clean), default=OFFSET_MASK)
         within = self._geometry.cluster_size - 1
-        for _, start, end, cluster_offset, first, last, _, _ in targets:
+        for _, start, end, cluster_offset, first, last, _, _, shows_zeros in targets:
             assert cluster_offset is not None
             host_offset = cluster_offset + (start & within)
             is_clean = cluster_offset >= clean_from
@@ -253,19 +257,21 @@ class WrittenMapping(Mapping):
                 and not before.tail.length
                 and before.is_clean == is_clean
             ):
-                placement.pieces[-1] = before._replace(end=end, tail=self._fill(end, last))
+                placement.pieces[-1] = before._replace(end=end, tail=self._fill(end, last, shows_zeros))
                 continue
-            head, tail = self._fill(first, start), self._fill(end, last)
+            head, tail = self._fill(first, start, shows_zeros), self._fill(end, last, shows_zeros)
             placement.pieces.append(Piece(start, end, host_offset, head, tail, is_clean))
 
-    def _fill(self, start: int, end: int) -> Fill:
+    def _fill(self, start: int, end: int, shows_zeros: bool) -> Fill:
         """What is to be filled in from guest `start` to `end`; in a data file nothing behind the end of the disk."""
-        disk_end = self._source.virtual_size
-        if self._rules.has_data_file:
-            end = min(end, max(disk_end, start))
-        if start >= end:
+        if start == end:
             return NO_FILL
-        if start >= disk_end:
+        disk_end = self._source.virtual_size
+        if self._rules.has_data_file and end > disk_end:
+            end = max(disk_end, start)
+            if start == end:
+                return NO_FILL
+        if shows_zeros or start >= disk_end:
             return Fill(end - start, ())
         extents = tuple(self.resolve(start, min(end, disk_end) - start))
         return Fill(end - start, () if all(self._is_zero(extent) for extent in extents) else extents)
@@ -306,11 +312,28 @@ class WrittenMapping(Mapping):
                 places.append((index, host_offset))
         self.tables.changed(placement.key, found)
         if places:
-            self.tables.enter_lanes(found, places, may_write=may_write)
+            self.tables.enter_lanes(placement.key, places, may_write=may_write)
 
     def abandon(self, placement: Placement) -> None:
         """Take back what a placement allocated; it was never visible."""
         self._allocator.release(placement.runs)
+
+    def hidden_ranges(self, placement: Placement) -> Iterator[tuple[int, int]]:
+        """(start, end) of the guest ranges that a placement gives a place in the data file and that no read was told to
+        look for there."""
+        found = self.tables.slice_at(placement.key)
+        base = placement.key * self.tables.slice_entries
+        size = self._geometry.subcluster_size
+        for number, _, bitmap, _ in placement.changes:
+            start = base + number << self._geometry.cluster_bits
+            if not self._geometry.extended_l2:
+                yield start, min(start + size, self._source.virtual_size)
+                continue
+            hidden = bitmap & ~self._entry(found, number)[1] & ALL_SUBCLUSTERS
+            for subcluster in range(SUBCLUSTERS):
+                first = start + subcluster * size
+                if hidden >> subcluster & 1 and first < self._source.virtual_size:
+                    yield first, min(first + size, self._source.virtual_size)
 
     def enter_write_lane(self, placement: Placement) -> None:
         """Clusters that were written in place, and are whole inside the disk, may be written to straight."""
@@ -322,7 +345,7 @@ class WrittenMapping(Mapping):
             if word:
                 places.append((cluster - base, word & ~RUN_MASK))
         if places:
-            self.tables.enter_lanes(found, places, may_write=True)
+            self.tables.enter_lanes(placement.key, places, may_write=True)
             self.tables.join_lanes(found)
 
     def _references(self, entry: int) -> list[int]:
@@ -432,15 +455,6 @@ class WrittenMapping(Mapping):
         words[clear.index * step : clear.index * step + len(clear.words)] = clear.words
         self.tables.leave_lanes(found, clear.index, clear.index + len(clear.words) // step)
         self.tables.changed(clear.key, found)
-
-    def hide_from_lanes(self, start: int, end: int) -> None:
-        """No new request goes straight to guest bytes `start` to `end`, which lie below one slice."""
-        key = start >> self.tables.slice_bits
-        found = self.tables.slice_at(key)
-        base = key * self.tables.slice_entries
-        first, last = start >> self._geometry.cluster_bits, end - 1 >> self._geometry.cluster_bits
-        if found.host_offset:
-            self.tables.leave_lanes(found, first - base, last + 1 - base)
 
     def next_mapped(self, start: int, end: int) -> int:
         """`start` if there is an L2 table for it, else the first guest byte behind it, up to `end`, that has one."""

@@ -25,7 +25,6 @@ from qcow2_plugin.engine.allocator import Allocator
 from qcow2_plugin.engine.header import read_structure
 from qcow2_plugin.engine.image_file import Clusters, ImageFile, Structure
 from qcow2_plugin.engine.metadata import l2_tables, structures
-from qcow2_plugin.engine.snapshots import read_snapshots
 from qcow2_plugin.engine.writeback import write_refcounts
 from qcow2_plugin.errors import CorruptImageError, TruncatedImageError, UnsupportedFeatureError
 from qcow2_plugin.format.entries import COMPRESSED, COPIED, OFFSET_MASK, Entries, compressed_locations
@@ -80,14 +79,10 @@ def count_references(storage: Storage, header: Header) -> References:
     counter = _Counter(storage, header, np.zeros(cluster_count, dtype=np.uint32))
     tables, times = np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
     for structure, clusters in structures(storage, header):
-        if structure is Structure.L2_TABLE:
-            tables, times = np.unique(clusters, return_counts=True)
+        if structure in (Structure.L2_TABLE, Structure.SNAPSHOT_L2_TABLE):
+            tables, times = _merged(tables, times, clusters)
         else:
             counter.add(structure.title, clusters)
-    if header.snapshot_count:
-        for snapshot in read_snapshots(storage, header):
-            more = l2_tables(storage, header, snapshot.l1_table_offset, snapshot.l1_size)
-            tables, times = _merged(tables, times, more)
     for cluster, count in zip(tables.tolist(), times.tolist(), strict=True):
         counter.add_l2_table(cluster, count)
     return counter.references

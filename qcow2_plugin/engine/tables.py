@@ -98,8 +98,6 @@ class Slice:
     """Where the slice begins in the image file; 0 if there is no L2 table."""
     write_lane: memoryview | None = None
     """As `lane`, for clusters that may be written in place; made by `written_tables` when it is asked for."""
-    is_own: bool = False
-    """Nobody else refers to the L2 table, so its entries may be changed in place."""
 
 
 class Tables:
@@ -241,8 +239,11 @@ def _run_lengths(
     direct: npt.NDArray[np.bool_], host_offsets: npt.NDArray[np.int64], cluster_size: int
 ) -> npt.NDArray[np.int64]:
     """For every cluster the count of clusters in line from it on, at most RUN_MASK."""
-    goes_on = direct[:-1] & direct[1:] & (np.diff(host_offsets) == cluster_size)
-    last_of_run = np.append(np.flatnonzero(~goes_on), len(direct) - 1)
-    clusters = np.arange(len(direct), dtype=np.int64)
-    end_of_run = last_of_run[np.searchsorted(last_of_run, clusters)]
-    return np.minimum(end_of_run - clusters + 1, RUN_MASK)
+    count = len(direct)
+    clusters = np.arange(count, dtype=np.int64)
+    goes_on = direct[:-1] & direct[1:] & (host_offsets[1:] - host_offsets[:-1] == cluster_size)
+    end_of_run = clusters + 1
+    end_of_run[:-1][goes_on] = count
+    end_of_run = np.minimum.accumulate(end_of_run[::-1])[::-1]
+    lengths: npt.NDArray[np.int64] = np.minimum(end_of_run - clusters, RUN_MASK)
+    return lengths

@@ -134,7 +134,7 @@ class BitmapTracker:
         return self._hold(each for each in self._kept if each.bitmap.auto)
 
     def mark(self, offset: int, length: int) -> None:
-        """The guest range changes; what of it lies behind the end of the disk is nobody's business."""
+        """The guest range changes. What of it lies behind the disk as the bitmaps know it is new, and so clean."""
         length = min(length, self._virtual_size - offset)
         if length <= 0:
             return
@@ -147,9 +147,8 @@ class BitmapTracker:
                 each.changed.add(index)
 
     def covers(self, offset: int, length: int) -> bool:
-        """True if `mark` for this range would change nothing."""
-        length = min(length, self._virtual_size - offset)
-        if length <= 0:
+        """True if `mark` for this range would change nothing, now or when the bitmaps have followed a resize."""
+        if not length:
             return True
         for each in self._tracked:
             for index, start, stop in self._parts(each, offset, length):

@@ -11,9 +11,11 @@ buffer straight to the storage, without a lock.
     flush          `writeback`, which owns the order of writes
 
 Nothing is written by opening an image. Before its first change (`_begin`) what would be untrue afterwards is put right
-on disk, durably: refcounts of a dirty image, feature bits that we do not know, bitmaps that are about to change. With
-an external data file zeroes and discards reach that file before the entries say so, and after every request that was
-on its way there; so a raw data file shows at any time what the guest sees.
+on disk, durably: refcounts of a dirty image, feature bits that we do not know, bitmaps that are about to change.
+
+**Raw data files.** The file shows at any time what the guest sees, after a crash too. So every entry says data, and
+says it durably before anything but zeros is in the file there: zeroes and discards zero the file and leave the entries
+alone, and where another program has left an entry that says zero, `_say_data` comes before the first write.
 
 **Lock.** The image's lock guards the tables, refcounts, bitmaps and claims; it is never held while guest data moves.
 The turn of `writeback` is taken before it, never inside.
@@ -41,7 +43,7 @@ from qcow2_plugin.engine.tables import RUN_MASK, TableSource
 from qcow2_plugin.engine.tracking import BitmapTracker
 from qcow2_plugin.engine.writeback import WriteBack
 from qcow2_plugin.engine.written_tables import WrittenTables
-from qcow2_plugin.extent import Extent
+from qcow2_plugin.extent import Extent, ExtentKind
 from qcow2_plugin.format.header import AUTOCLEAR_BITMAPS, AUTOCLEAR_DATA_FILE_RAW, EXTENSION_BITMAPS, Header
 from qcow2_plugin.storage import Buffer, WritableStorage
 
@@ -81,7 +83,7 @@ class WritableImage(Image):
         self.write_back = WriteBack(
             self.file, data, allocator=self.allocator, tables=self.tables, requests=self.requests, lock=self._lock
         )
-        self._max_changed_size = max(layer.cache_size // 2, _MIN_CHANGED_SIZE)
+        self._max_changed_size = max(layer.cache_size // 4, _MIN_CHANGED_SIZE)
         self.data = data
         self._write_data = data.write_from
         self._has_begun = False
@@ -128,9 +130,13 @@ class WritableImage(Image):
         """A table may move or vanish between two looks, so each is taken whole, under the lock."""
         end = offset + length
         while offset < end:
-            with self._lock:
-                extents = list(islice(self._mapping.runs(offset, end - offset), _EXTENTS_AT_ONCE))
-            yield from extents
+            extents: list[Extent] = []
+            try:
+                with self._lock:
+                    for extent in islice(self._mapping.runs(offset, end - offset), _EXTENTS_AT_ONCE):
+                        extents.append(extent)
+            finally:
+                yield from extents  # an error comes behind what was told before it
             offset = extents[-1].guest_offset + extents[-1].length
 
     # -- writing --
@@ -170,20 +176,27 @@ class WritableImage(Image):
 
     def _write_part(self, view: memoryview, start: int) -> None:
         """Write what lies below one slice."""
-        self.put(
-            start, start + len(view), lambda piece: self._move(piece, view[piece.start - start : piece.end - start])
-        )
+        end = start + len(view)
+        if self.header.data_file_raw and not self._is_said(start, end):
+            self._say_data(start)
+        self.put(start, end, lambda piece: self._move(piece, view[piece.start - start : piece.end - start]))
 
     def put(self, start: int, end: int, move: Callable[[Piece], None]) -> None:
         """Give guest bytes `start` to `end`, which lie below one slice, places that may be written to; what is new
         shows when `move` has filled every piece."""
-        with self.changing():
-            placement = self._place(start, end)
+        try:
+            with self._lock:
+                placement = self._place(start, end)
+            self._carry_out(placement, move)
+        finally:
+            self._notice_failure()
+
+    def _carry_out(self, placement: Placement, move: Callable[[Piece], None]) -> None:
         try:
             for piece in placement.pieces:
                 move(piece)
             if placement.changes:
-                with self.changing():
+                with self._lock:
                     self._commit(placement)
         except BaseException:
             if placement.changes:
@@ -197,9 +210,15 @@ class WritableImage(Image):
         placement = self.written.place(start, end)
         if placement.changes:
             self.requests.claim(placement.first, placement.end)
-        elif len(placement.pieces) == 1 and self._may_write(placement):
+        elif len(placement.pieces) == 1 and self._is_worth_a_lane(placement):
             self.written.enter_write_lane(placement)
         return placement
+
+    def _is_worth_a_lane(self, placement: Placement) -> bool:
+        """True if clusters that are written in place are not in the lane yet, or not in one run with each other."""
+        if self.tracker.is_empty:
+            return placement.end - placement.first > 1
+        return self._may_write(placement)
 
     def _move(self, piece: Piece, data: memoryview) -> None:
         """Put data where it belongs, together with what surrounds it."""
@@ -246,6 +265,9 @@ class WritableImage(Image):
         """Make a guest range read as zeros; see `Image.write_zeroes`."""
         self._require_range(offset, length)
         end = offset + length
+        if self.header.data_file_raw:
+            self._zero_raw(offset, end, may_punch=may_unmap)
+            return
         clearing = Clearing.FREE if may_unmap else Clearing.KEEP
         if self.header.version < 3 and self.layer.backing is not None:
             start = stop = end  # no entry could say zero
@@ -268,7 +290,10 @@ class WritableImage(Image):
         if self.header.version < 3 and self.layer.backing is not None:
             return  # the backing file would show through
         first, last = self._whole(offset, offset + length, self._cluster_mask + 1)
-        self.clear_clusters(first, last, Clearing.DISCARD)
+        if self.header.data_file_raw:
+            self._zero_raw(first, last, may_punch=True)
+        else:
+            self.clear_clusters(first, last, Clearing.DISCARD)
 
     def _whole(self, start: int, end: int, unit: int) -> tuple[int, int]:
         """Start and end of the whole units between `start` and `end`; both `end` if there is none. The last unit of
@@ -333,20 +358,51 @@ class WritableImage(Image):
             clear = self.written.plan_clear(start, end, clearing)
             if clear is None:
                 return
-            if self.data is self.layer.storage or not (is_freed or self.header.data_file_raw):
+            if self.data is self.layer.storage or not is_freed:
                 self.written.apply(clear, punch=is_freed)
                 return
-            self.written.hide_from_lanes(start, end)
             self.requests.claim(first, last)
-        try:
-            with self._lock:
-                self.requests.drain()
-            self.data.write_zeroes(start, end - start, may_punch=is_freed)
+        try:  # before the entries say so: afterwards the place may be somebody's again
+            self.data.write_zeroes(start, end - start, may_punch=True)
             with self.changing():
                 self.written.apply(clear, punch=False)
         finally:
             with self._lock:
                 self.requests.release(first, last)
+
+    # -- raw data files --
+
+    def _zero_raw(self, start: int, end: int, *, may_punch: bool) -> None:
+        """Zeros for guest bytes of a raw data file: no entry says so, the file does."""
+        with self.changing():
+            self._begin_change(start, end)
+            self.tracker.mark(start, end - start)
+        self.data.write_zeroes(start, end - start, may_punch=may_punch)
+
+    def _is_said(self, start: int, end: int) -> bool:
+        """True if a read of these guest bytes, below one slice, looks for them in the data file."""
+        with self._lock:
+            return all(extent.kind is ExtentKind.DATA for extent in self._mapping.resolve(start, end - start))
+
+    def _say_data(self, start: int) -> None:
+        """Let the entries of the slice at guest `start` say data everywhere, durably, with zeros where they did not."""
+        low = start & -self.written.slice_coverage
+        high = min(low + self.written.slice_coverage, self.virtual_size)
+        with self.changing():
+            self._begin_change(low, high)
+            placement = self.written.place(low, high)
+            self.requests.claim(placement.first, placement.end)
+        try:
+            for first, last in self.written.hidden_ranges(placement):
+                self.data.write_zeroes(first, last - first, may_punch=True)
+            with self.changing():
+                self.written.commit(placement, may_write=False)
+            self._flush_between()
+            with self.changing():
+                self.tables.renew_write_lane(placement.key)
+        finally:
+            with self._lock:
+                self.requests.release(placement.first, placement.end)
 
     # -- the beginning, the end and what lies between --
 
@@ -417,9 +473,12 @@ class WritableImage(Image):
         self._has_begun = True
 
     def _make_room(self) -> None:
-        """Write back, if much has changed. The request of this thread, if it is in flight, begins anew after that."""
-        if self.tables.changed_size <= self._max_changed_size and self.allocator.retired_count <= _MAX_RETIRED:
-            return
+        """Write back, if much has changed."""
+        if self.tables.changed_size > self._max_changed_size or self.allocator.retired_count > _MAX_RETIRED:
+            self._flush_between()
+
+    def _flush_between(self) -> None:
+        """Flush in the middle of a request; if it is in flight, it begins anew after that."""
         ident = get_ident()
         was_in_flight = self.requests.in_flight.pop(ident, None) is not None
         try:

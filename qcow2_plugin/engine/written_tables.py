@@ -12,7 +12,8 @@ written it is like any other.
 **The write lane.** As the lane of `Tables` is for readers, the write lane is for writers in a hurry: a cluster has a
 word there only if a write of it may go straight to the storage. Beyond what the lane proves, that is: COPIED is set and
 the refcount is 1, both, and no structure is there; proven for a whole slice at once, when it is first written to, and
-kept true by every change. With dirty bitmaps to keep, a cluster enters the write lane only when they have it all.
+kept true by every change. Where that is all of the lane, the two are one. With dirty bitmaps to keep, a cluster enters
+the write lane only when they have it all.
 
 **Lock.** The image's, for everything but looking into `lane` and `write_lane`.
 """
@@ -64,6 +65,8 @@ class WrittenTables(Tables):
         """L1 entries that may not be on disk."""
         self._new_tables: set[int] = set()
         """Host offsets of unpublished L2 tables."""
+        self._own_tables: set[int] = set()
+        """L1 indexes whose L2 tables are ours alone."""
 
     # -- reading what memory knows better --
 
@@ -142,9 +145,9 @@ class WrittenTables(Tables):
         Raises CorruptImageError, TruncatedImageError, OSError.
         """
         found = self.slice_for_writing(key)
-        if found.is_own:
-            return found
         l1_index = key >> self.source.rules.geometry.l2_coverage_bits - self.slice_bits
+        if l1_index in self._own_tables:
+            return found
         entry = int(self.read_l1(l1_index, 1)[0])
         table_offset = self.l2_table_offset(entry, l1_index)
         if table_offset and entry & COPIED:
@@ -156,7 +159,7 @@ class WrittenTables(Tables):
         else:
             self._replace_table(l1_index, table_offset)
             found = self.slice_for_writing(key)
-        found.is_own = True
+        self._own_tables.add(l1_index)
         return found
 
     def changed(self, key: int, found: Slice) -> None:
@@ -182,6 +185,7 @@ class WrittenTables(Tables):
         self._forget_table(l1_index)
 
     def _forget_table(self, l1_index: int) -> None:
+        self._own_tables.discard(l1_index)
         key_bits = self.source.rules.geometry.l2_coverage_bits - self.slice_bits
         for key in range(l1_index << key_bits, l1_index + 1 << key_bits):
             self._young.pop(key, None)
@@ -194,21 +198,28 @@ class WrittenTables(Tables):
     def _write_lane_of(self, found: Slice) -> memoryview:
         geometry = self.source.rules.geometry
         lane = np.frombuffer(found.lane, dtype=np.int64)
+        if self._tracks_changes:
+            return np.zeros(len(lane), dtype=np.int64).data
         words = np.frombuffer(found.words, dtype=np.uint64)
         host_offsets = lane & ~RUN_MASK
-        direct = (lane != 0) & ((words[::2] if geometry.extended_l2 else words) & np.uint64(COPIED) != 0)
-        if self._tracks_changes:
-            direct[:] = False
+        readable = lane != 0
+        direct = readable & ((words[::2] if geometry.extended_l2 else words) & np.uint64(COPIED) != 0)
         if not self.source.rules.has_data_file and direct.any():
             clusters = host_offsets[direct] >> geometry.cluster_bits
             direct[direct] = (self._allocator.refcounts_of(clusters) == 1) & ~self._file.metadata.among(clusters)
+        if (direct == readable).all():
+            return found.lane
         return lane_words(direct, host_offsets, geometry.cluster_size).data
 
-    def enter_lanes(self, found: Slice, places: list[tuple[int, int]], *, may_write: bool) -> None:
-        """Clusters may be read straight from the storage from now on, with `may_write` written to as well.
+    def enter_lanes(self, key: int, places: list[tuple[int, int]], *, may_write: bool) -> None:
+        """Clusters of the slice `key` may be read straight from the storage from now on, with `may_write` written to as
+        well; the slice has a write lane.
 
         `places` are (index in the slice, host offset), ascending.
         """
+        found = self.slice_for_writing(key)
+        if not may_write and found.write_lane is found.lane:
+            found.write_lane = self.write_lane[key] = np.frombuffer(found.lane, dtype=np.int64).copy().data
         cluster_size = self.source.rules.geometry.cluster_size
         self.leave_lanes(found, places[0][0], places[-1][0] + 1)
         next_index, next_offset, count = -1, -1, 0
@@ -222,9 +233,7 @@ class WrittenTables(Tables):
 
     def leave_lanes(self, found: Slice, first: int, end: int) -> None:
         """The clusters with these indexes are not read or written straight any more."""
-        for lane in (found.lane, found.write_lane):
-            if lane is None:
-                continue
+        for lane in _lanes_of(found):
             if lane[first]:
                 _end_runs_at(np.frombuffer(lane, dtype=np.int64), first)
             if end - first == 1:
@@ -232,12 +241,16 @@ class WrittenTables(Tables):
             else:
                 np.frombuffer(lane, dtype=np.int64)[first:end] = 0
 
+    def renew_write_lane(self, key: int) -> None:
+        """Find out anew which clusters may be written to straight."""
+        self.slice_at(key).write_lane = None
+        self.write_lane.pop(key, None)
+
     def join_lanes(self, found: Slice) -> None:
         """Let the runs of both lanes be as long as they are; clusters that entered one by one do not see to that."""
-        for lane in (found.lane, found.write_lane):
-            if lane is not None:
-                words = np.frombuffer(lane, dtype=np.int64)
-                words[:] = lane_words(words != 0, words & ~RUN_MASK, self.source.rules.geometry.cluster_size)
+        for lane in _lanes_of(found):
+            words = np.frombuffer(lane, dtype=np.int64)
+            words[:] = lane_words(words != 0, words & ~RUN_MASK, self.source.rules.geometry.cluster_size)
 
     # -- writing back --
 
@@ -303,6 +316,13 @@ class WrittenTables(Tables):
         """The L1 table is here now, or the disk has another size."""
         self.source = replace(self.source, l1_table_offset=l1_table_offset, l1_size=l1_size, virtual_size=virtual_size)
         self.forget()
+
+
+def _lanes_of(found: Slice) -> tuple[memoryview, ...]:
+    """Both lanes; one if they are the same."""
+    if found.write_lane is None or found.write_lane is found.lane:
+        return (found.lane,)
+    return found.lane, found.write_lane
 
 
 def _place(found: Slice) -> int:
