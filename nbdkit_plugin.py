@@ -1,13 +1,17 @@
 #!/usr/sbin/nbdkit python
 """nbdkit plugin that serves a qcow2 image: `nbdkit -f -i 127.0.0.1 python ./nbdkit_plugin.py file=disk.qcow2`.
 
+The image is writable unless nbdkit is given -r or a parameter says readonly=true.
+
 nbdkit's callbacks and nothing else; each is one line into `qcow2_plugin.adapters.nbd`, which says what is served.
 nbdkit finds callbacks by their global names, so only modules are imported here, never names. It runs this file in the
 distribution's interpreter with nothing of ours on the path, so the package is looked for beside this file: in the same
 directory, and in the `.venv` there.
 """
 
+import atexit
 import glob
+import io
 import os
 import site
 import sys
@@ -21,7 +25,7 @@ for _packages in glob.glob(os.path.join(glob.escape(_here), ".venv", "lib*", f"p
     site.addsitedir(_packages)
 
 try:
-    from qcow2_plugin.adapters import nbd
+    from qcow2_plugin.adapters import command_line, nbd
 except ImportError as _error:
     sys.exit(
         f"nbdkit_plugin.py: {_error} (Python {_version}, which is nbdkit's own). The package must be installed for "
@@ -31,18 +35,20 @@ except ImportError as _error:
 
 if "nbdkit" not in sys.builtin_module_names:
     if {"--help", "-h"} & set(sys.argv):
-        print(nbd.help_text())
+        print(command_line.help_text())
         sys.exit(0)
-    print(nbd.help_text(), file=sys.stderr)
+    print(command_line.help_text(), file=sys.stderr)
     sys.exit(2)
 
 import nbdkit  # it exists only inside nbdkit
 
-_server = nbd.Server(nbdkit.set_error, nbdkit.parse_size)
+with io.FileIO("/proc/self/cmdline") as _file:  # sys.argv is empty in nbdkit
+    _words = os.fsdecode(_file.readall()).split("\0")[1:]
+_server = nbd.Server(nbdkit.set_error, nbdkit.parse_size, read_only=command_line.asks_for_read_only(_words))
 
 
 def dump_plugin() -> None:
-    print(nbd.dump_parameters())
+    print(command_line.dump_parameters())
 
 
 def config(key: str, value: str) -> None:
@@ -58,7 +64,9 @@ def thread_model() -> int:
 
 
 def cleanup() -> None:
+    atexit.register(os._exit, 1)  # if this fails: nbdkit itself would end with 0
     _server.close()
+    atexit.unregister(os._exit)
 
 
 def list_exports(readonly: bool, is_tls: bool) -> list[tuple[str, str]]:
@@ -89,12 +97,58 @@ def can_multi_conn(h: nbd.Connection) -> bool:
     return True
 
 
+def can_write(h: nbd.Connection) -> bool:
+    return h.writable
+
+
+def can_flush(h: nbd.Connection) -> bool:
+    return h.writable
+
+
+def can_trim(h: nbd.Connection) -> bool:
+    return h.writable
+
+
+def can_zero(h: nbd.Connection) -> bool:
+    return h.writable
+
+
+def can_fast_zero(h: nbd.Connection) -> bool:
+    return h.writable
+
+
+def can_fua(h: nbd.Connection) -> int:
+    return int(nbdkit.FUA_NATIVE if h.writable else nbdkit.FUA_NONE)
+
+
 def can_cache(h: nbd.Connection) -> int:
     return int(nbdkit.CACHE_NATIVE)
 
 
 def pread(h: nbd.Connection, buf: memoryview, offset: int, flags: int) -> None:
     h.read_into(buf, offset)
+
+
+def pwrite(h: nbd.WritableConnection, buf: memoryview, offset: int, flags: int) -> None:
+    h.write_from(buf, offset, bool(flags & nbdkit.FLAG_FUA))
+
+
+def flush(h: nbd.WritableConnection, flags: int) -> None:
+    h.flush()
+
+
+def trim(h: nbd.WritableConnection, count: int, offset: int, flags: int) -> None:
+    h.discard(offset, count, durable=bool(flags & nbdkit.FLAG_FUA))
+
+
+def zero(h: nbd.WritableConnection, count: int, offset: int, flags: int) -> None:
+    h.write_zeroes(
+        offset,
+        count,
+        may_unmap=bool(flags & nbdkit.FLAG_MAY_TRIM),
+        only_fast=bool(flags & nbdkit.FLAG_FAST_ZERO),
+        durable=bool(flags & nbdkit.FLAG_FUA),
+    )
 
 
 def extents(h: nbd.Connection, count: int, offset: int, flags: int) -> list[tuple[int, int, int]]:

@@ -63,7 +63,7 @@ make_demo_image() {
 
 copy_and_compare() {
     local size part note='' original
-    size=$(nbdkit -U - python "$plugin" "file=$image" --run "nbdinfo --size \"\$uri\"") || could_not_serve
+    size=$(nbdkit -r -U - python "$plugin" "file=$image" --run "nbdinfo --size \"\$uri\"") || could_not_serve
     part=$(portion_of "$size")
     original=(-f raw -F qcow2 copy.raw "$image")
     if ((part < size)); then
@@ -100,9 +100,9 @@ first_bytes() {
     echo "driver=raw,size=$1,file.driver=qcow2,file.file.driver=$protocol,file.file.filename=${image//,/,,}"
 }
 
-# serve CLIENT [NBDKIT_OPTION [PARAMETER]]: nbdkit for as long as the client, a shell command, runs.
+# serve CLIENT [NBDKIT_OPTION [PARAMETER]]: nbdkit, read-only, for as long as the client, a shell command, runs.
 serve() {
-    run nbdkit -U - ${2:+"$2"} python "$plugin" "file=$image" ${3:+"$3"} --run "$1" || could_not_serve
+    run nbdkit -r -U - ${2:+"$2"} python "$plugin" "file=$image" ${3:+"$3"} --run "$1" || could_not_serve
 }
 
 could_not_serve() { die "could not serve $(quoted "$image"); the reason is above"; }
@@ -116,8 +116,8 @@ print_next() {
         printf '  %s\n' "$(quoted bash "$root/examples/quickstart.sh") DISK.qcow2"
         image=DISK.qcow2
     fi
-    echo "Serve it until Ctrl-C:"
-    printf '  %s\n' "$(quoted nbdkit -f -U "$socket" python "$plugin" "file=$image")"
+    echo "Serve it until Ctrl-C (without -r clients may write to it):"
+    printf '  %s\n' "$(quoted nbdkit -r -f -U "$socket" python "$plugin" "file=$image")"
     echo "Read it from another terminal:"
     printf '  %s\n' "$(quoted nbdcopy "$uri" disk.raw)"
 }

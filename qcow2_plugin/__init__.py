@@ -33,8 +33,10 @@ if TYPE_CHECKING:
     from qcow2_plugin.engine.chain import open_image
     from qcow2_plugin.engine.image import Image
     from qcow2_plugin.extent import Extent, ExtentKind, GuestDisk
+    from qcow2_plugin.operations.create import create_image
     from qcow2_plugin.operations.info import ImageInfo, info
     from qcow2_plugin.operations.map import MapEntry, map_image
+    from qcow2_plugin.operations.resize import resize
     from qcow2_plugin.operations.vet import Verdict, vet
     from qcow2_plugin.storage.opener import Policy
 
@@ -47,9 +49,11 @@ __all__ = [
     "MapEntry",
     "Policy",
     "Verdict",
+    "create_image",
     "info",
     "map_image",
     "open_image",
+    "resize",
     "vet",
 ]
 
@@ -63,9 +67,11 @@ if not TYPE_CHECKING:  # a checker that saw __getattr__ would take every name fo
         "MapEntry": "operations.map",
         "Policy": "storage.opener",
         "Verdict": "operations.vet",
+        "create_image": "operations.create",
         "info": "operations.info",
         "map_image": "operations.map",
         "open_image": "engine.chain",
+        "resize": "operations.resize",
         "vet": "operations.vet",
     }
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -59,7 +60,8 @@ class Piece(NamedTuple):
     is_clean: bool
 
 
-class _Target(NamedTuple):
+@dataclass(slots=True)
+class _Target:
     """One guest cluster of a write, by the number of its entry in the slice.
 
     `host_offset` is the cluster's, None if a new one is needed; guest bytes `first` to `last` must be written so that
@@ -158,10 +160,14 @@ class WrittenMapping(Mapping):
         for cluster in range(placement.first, placement.end):
             base = cluster << bits
             targets.append(self._target(found, base, max(start, base), min(end, base + self._geometry.cluster_size)))
-        if any(target.is_changed for target in targets):
+        if any([target.is_changed for target in targets]):
             self.tables.own(key)
             self._find_places(placement, targets, found)
-        self._add_pieces(placement, targets)
+        try:
+            self._add_pieces(placement, targets)
+        except BaseException:
+            self.abandon(placement)
+            raise
         return placement
 
     def _target(self, found: Slice, base: int, start: int, end: int) -> _Target:
@@ -225,17 +231,15 @@ class WrittenMapping(Mapping):
 
     def _find_places(self, placement: Placement, targets: list[_Target], found: Slice) -> None:
         """Allocate what `targets` lack, put it in, and note the changes."""
-        cluster_size = self._geometry.cluster_size
-        missing = [number for number, target in enumerate(targets) if target.host_offset is None]
+        missing = [target for target in targets if target.host_offset is None]
         if self._rules.has_data_file:
-            for number in missing:
-                base = targets[number].start & -cluster_size
-                targets[number] = targets[number]._replace(host_offset=base)
+            for target in missing:
+                target.host_offset = target.start & -self._geometry.cluster_size
         elif missing:
             placement.runs = self._allocator.allocate(len(missing))
-            offsets = (offset for run in placement.runs for offset in _clusters_of(run, cluster_size))
-            for number, host_offset in zip(missing, offsets, strict=True):
-                targets[number] = targets[number]._replace(host_offset=host_offset)
+            offsets = chain.from_iterable(_clusters_of(run, self._geometry.cluster_size) for run in placement.runs)
+            for target, host_offset in zip(missing, offsets, strict=True):
+                target.host_offset = host_offset
         for target in targets:
             if target.is_changed and target.host_offset is not None:
                 old = self._entry(found, target.entry)[0]
@@ -243,38 +247,36 @@ class WrittenMapping(Mapping):
 
     def _add_pieces(self, placement: Placement, targets: list[_Target]) -> None:
         """The pieces of a write, as few as the places allow."""
-        clean_from = min((run.host_offset for run in placement.runs if run.is_clean), default=OFFSET_MASK)
+        clean_from = min([run.host_offset for run in placement.runs if run.is_clean], default=OFFSET_MASK)
         within = self._geometry.cluster_size - 1
-        for _, start, end, cluster_offset, first, last, _, _, shows_zeros in targets:
-            assert cluster_offset is not None
-            host_offset = cluster_offset + (start & within)
-            is_clean = cluster_offset >= clean_from
-            before = placement.pieces[-1] if placement.pieces else None
-            if (
-                before is not None
-                and before.host_offset + start - before.start == host_offset
-                and first == start
-                and not before.tail.length
-                and before.is_clean == is_clean
-            ):
-                placement.pieces[-1] = before._replace(end=end, tail=self._fill(end, last, shows_zeros))
-                continue
-            head, tail = self._fill(first, start, shows_zeros), self._fill(end, last, shows_zeros)
-            placement.pieces.append(Piece(start, end, host_offset, head, tail, is_clean))
+        pieces = placement.pieces
+        for target in targets:
+            assert target.host_offset is not None
+            start, end = target.start, target.end
+            host_offset = target.host_offset + (start & within)
+            is_clean = target.host_offset >= clean_from
+            tail = self._fill(end, target.last, target, is_clean)
+            if target.first == start and pieces and _goes_on(pieces[-1], host_offset, is_clean):
+                pieces[-1] = pieces[-1]._replace(end=end, tail=tail)
+            else:
+                head = self._fill(target.first, start, target, is_clean)
+                pieces.append(Piece(start, end, host_offset, head, tail, is_clean))
 
-    def _fill(self, start: int, end: int, shows_zeros: bool) -> Fill:
-        """What is to be filled in from guest `start` to `end`; in a data file nothing behind the end of the disk."""
-        if start == end:
+    def _fill(self, start: int, end: int, target: _Target, is_clean: bool) -> Fill:
+        """What is to be filled in from guest `start` to `end`: no zeros where there are some already, and in a data file
+        nothing behind the end of the disk."""
+        if start == end or (is_clean and target.shows_zeros):
             return NO_FILL
         disk_end = self._source.virtual_size
         if self._rules.has_data_file and end > disk_end:
             end = max(disk_end, start)
             if start == end:
                 return NO_FILL
-        if shows_zeros or start >= disk_end:
-            return Fill(end - start, ())
-        extents = tuple(self.resolve(start, min(end, disk_end) - start))
-        return Fill(end - start, () if all(self._is_zero(extent) for extent in extents) else extents)
+        extents: tuple[Extent, ...] = ()
+        if not target.shows_zeros and start < disk_end:
+            extents = tuple(self.resolve(start, min(end, disk_end) - start))
+            extents = () if all(self._is_zero(extent) for extent in extents) else extents
+        return Fill(end - start, extents) if extents or not is_clean else NO_FILL
 
     def _is_zero(self, extent: Extent) -> bool:
         """True if the extent is known to read as zeros."""
@@ -461,6 +463,12 @@ class WrittenMapping(Mapping):
         bits = self._geometry.l2_coverage_bits
         index = self.tables.next_table(start >> bits, (end - 1 >> bits) + 1)
         return min(max(start, index << bits), end)
+
+
+def _goes_on(piece: Piece, host_offset: int, is_clean: bool) -> bool:
+    """True if what goes to `host_offset` can be written together with the piece before it."""
+    is_next = piece.host_offset + piece.end - piece.start == host_offset
+    return is_next and not piece.tail.length and piece.is_clean == is_clean
 
 
 def _clusters_of(run: Run, cluster_size: int) -> range:

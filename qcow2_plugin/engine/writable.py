@@ -86,6 +86,7 @@ class WritableImage(Image):
         self._max_changed_size = max(layer.cache_size // 4, _MIN_CHANGED_SIZE)
         self.data = data
         self._write_data = data.write_from
+        self._is_raw = layer.header.data_file_raw
         self._has_begun = False
 
     @property
@@ -177,7 +178,7 @@ class WritableImage(Image):
     def _write_part(self, view: memoryview, start: int) -> None:
         """Write what lies below one slice."""
         end = start + len(view)
-        if self.header.data_file_raw and not self._is_said(start, end):
+        if self._is_raw and not self._is_said(start, end):
             self._say_data(start)
         self.put(start, end, lambda piece: self._move(piece, view[piece.start - start : piece.end - start]))
 
@@ -226,18 +227,18 @@ class WritableImage(Image):
         if not head.length and not tail.length:
             self._write_data(data, piece.host_offset)
             return
-        before = self._filling(head, piece.start - head.length, piece.host_offset - head.length, piece.is_clean)
-        behind = self._filling(tail, piece.end, piece.host_offset + len(data), piece.is_clean)
+        before = self._filling(head, piece.start - head.length, piece.host_offset - head.length)
+        behind = self._filling(tail, piece.end, piece.host_offset + len(data))
         self.data.write_vector([before, data, behind], piece.host_offset - len(before))
 
-    def _filling(self, fill: Fill, guest_offset: int, host_offset: int, is_clean: bool) -> Buffer:
-        """The bytes of `fill`, which begins at `guest_offset`; nothing where zeros are there or can be had cheaper."""
+    def _filling(self, fill: Fill, guest_offset: int, host_offset: int) -> Buffer:
+        """The bytes of `fill`, which begins at `guest_offset`; nothing where zeros can be had cheaper."""
         if fill.extents:
             content = bytearray(fill.length)
             known = fill.extents[-1].guest_offset + fill.extents[-1].length - guest_offset
             self._read_extents(memoryview(content)[:known], guest_offset, fill.extents)
             return content
-        if is_clean or not fill.length:
+        if not fill.length:
             return b""
         if fill.length <= _MAX_ZERO_FILL and self.data is self.layer.storage:
             return _ZEROS[: fill.length]
@@ -265,7 +266,7 @@ class WritableImage(Image):
         """Make a guest range read as zeros; see `Image.write_zeroes`."""
         self._require_range(offset, length)
         end = offset + length
-        if self.header.data_file_raw:
+        if self._is_raw:
             self._zero_raw(offset, end, may_punch=may_unmap)
             return
         clearing = Clearing.FREE if may_unmap else Clearing.KEEP
@@ -290,7 +291,7 @@ class WritableImage(Image):
         if self.header.version < 3 and self.layer.backing is not None:
             return  # the backing file would show through
         first, last = self._whole(offset, offset + length, self._cluster_mask + 1)
-        if self.header.data_file_raw:
+        if self._is_raw:
             self._zero_raw(first, last, may_punch=True)
         else:
             self.clear_clusters(first, last, Clearing.DISCARD)

@@ -53,6 +53,7 @@ class WrittenTables(Tables):
         self, source: TableSource, cache_size: int, file: ImageFile, allocator: Allocator, *, tracks_changes: bool
     ) -> None:
         super().__init__(replace(source, reserved=()), cache_size)  # the map of `file` knows them as they are now
+        self._slice_size = 8 * len(self._missing.words)
         self.write_lane: dict[int, memoryview] = {}
         self._file = file
         self._allocator = allocator
@@ -84,7 +85,7 @@ class WrittenTables(Tables):
         if not self._by_place:
             return words
         start = table_offset + index * self.source.rules.geometry.l2_entry_size
-        slice_size = 8 * len(self._missing.words)
+        slice_size = self._slice_size
         for place in range(start - (start - table_offset) % slice_size, start + 8 * len(words), slice_size):
             known = self._by_place.get(place)
             if known is not None:
@@ -257,7 +258,7 @@ class WrittenTables(Tables):
     @property
     def changed_size(self) -> int:
         """Bytes of changed slices."""
-        return len(self._changed) * 8 * len(self._missing.words)
+        return len(self._changed) * self._slice_size
 
     @property
     def has_changes(self) -> bool:

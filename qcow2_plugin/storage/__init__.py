@@ -3,7 +3,7 @@
 Owns the protocols that every storage keeps, and nothing else: how to read bytes at a host offset, how many there are
 and which of them are holes; how to change them and make the changes last. A storage knows nothing of qcow2, of guest
 offsets or of policies; `file` is the local file, `space` how it gets and gives back disk space, `locks` keeps other
-programs away from it, `opener` decides which file may be opened under which name.
+programs away from it, `opener` decides which file may be opened under which name, `directory` makes names last.
 
 All offsets and lengths are plain ints in bytes, not negative (callers see to that: to `preadv` -1 means the file
 position). Nothing has to be aligned.

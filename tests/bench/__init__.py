@@ -6,7 +6,9 @@ tables of figures and ratios. It judges nothing: no figure makes it fail, and py
     __main__            options, order of the sections, cleaning up
     images              the disks and images that are measured
     servers             NBD servers, started and ended
-    nbd, tools, memory  one family of measurements each
+    nbd, writes, tools, memory
+                        one family of measurements each
+    fio                 the client that reads and writes
     in_process          the part that runs inside a fresh Python with the package imported
     passthrough_plugin  the floor: the least that an nbdkit plugin in Python can do
     report              rounds, medians, ratios, markdown and JSON

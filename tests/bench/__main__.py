@@ -10,14 +10,14 @@ import sys
 import tempfile
 from pathlib import Path
 
-from . import memory, nbd, report, tools
+from . import memory, nbd, report, tools, writes
 from .processes import BenchError
 from .settings import Settings
 
 SUFFIXES = {"K": 10, "M": 20, "G": 30, "T": 40}
 TABLES_SIZE = 512 << 20
 """Room for the images that are only tables."""
-FAMILIES = (nbd.measure, tools.maps, tools.infos, tools.opens, memory.measure)
+FAMILIES = (nbd.measure, writes.measure, tools.creates, tools.maps, tools.infos, tools.opens, memory.measure)
 """Each yields its table, then fills it: what was measured before something fails is kept."""
 
 
@@ -27,13 +27,14 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="rounds of every comparison (default: 5)")
     parser.add_argument("--seconds", type=int, default=3, metavar="S", help="seconds of each fio run (default: 3)")
     parser.add_argument(
-        "--size", type=byte_count, default="1G", metavar="SIZE", help="disk read over NBD (default: 1G)"
+        "--size", type=byte_count, default="1G", metavar="SIZE", help="disk read and written over NBD (default: 1G)"
     )
     parser.add_argument(
         "--only",
         default="",
         metavar="TEXT",
-        help='only measurements with this in their name, such as "fio plain", "depth 32", "map", "info", "memory"',
+        help='only measurements with this in their name, such as "fio plain", "write plain", "fresh", "depth 32", '
+        '"create", "map", "info", "memory"',
     )
     parser.add_argument("--json", type=Path, default=Path("bench.json"), metavar="FILE", help="(default: bench.json)")
     parser.add_argument(

@@ -67,7 +67,7 @@ def convert(raw: Path, image: Path, *options: str) -> None:
 def scatter(raw: Path, image: Path) -> None:
     """The same content in clusters allocated one by one in random order, as in an image that has lived."""
     size = raw.stat().st_size
-    output_of(["qemu-img", "create", "-f", "qcow2", str(image), str(size)])
+    create(image, size)
     offsets = list(range(0, size, CLUSTER_SIZE))
     random.Random(20).shuffle(offsets)
     lines = (f"write -q {offset} {min(CLUSTER_SIZE, size - offset)}\n" for offset in offsets)
@@ -86,8 +86,13 @@ def link_data_file(raw: Path, image: Path) -> None:
 def preallocated(image: Path, virtual_size: int, *, data_file: Path | None = None) -> None:
     """An image of qemu-img with all tables and no content; with a data file, that one raw (and sparse)."""
     option = "preallocation=metadata" if data_file is None else f"data_file={data_file.name},data_file_raw=on"
-    create = ["qemu-img", "create", "-f", "qcow2", "-o", option, image.name, str(virtual_size)]
-    output_of(create, folder=image.parent)
+    create(image, virtual_size, option)
+
+
+def create(image: Path, virtual_size: int, options: str = "") -> None:
+    """An empty image of qemu-img; `options` are its -o options, comma separated."""
+    words = ["-o", options] if options else []
+    output_of(["qemu-img", "create", "-f", "qcow2", *words, image.name, str(virtual_size)], folder=image.parent)
 
 
 def write_tables(image: Path, virtual_size: int, *, run_clusters: int | None = None) -> None:

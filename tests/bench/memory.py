@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 
-from . import nbd, servers
+from . import fio, servers
 from .processes import output_of, peak_memory
 from .report import MEBIBYTES, Row, Section, interleave
 from .settings import Settings
@@ -42,7 +42,7 @@ def of_server(serve: Callable[[Path], AbstractContextManager[servers.Server]], i
     """MiB of a server that fio reads from. No map of visited blocks: fio's own memory must not matter."""
     with serve(image) as server:
         random_reads = ("--rw=randread", "--bs=4k", "--iodepth=32", "--norandommap")
-        nbd.read(server.uri, *random_reads, "--random_generator=tausworthe64", f"--number_ios={READS}")
+        fio.report(server.uri, "read", *random_reads, "--random_generator=tausworthe64", f"--number_ios={READS}")
         return peak_memory(server.pid) / 2**20
 
 

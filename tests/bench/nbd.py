@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from . import images, servers
-from .processes import BenchError, output_of
-from .report import MEBIBYTES_PER_SECOND, REQUESTS, Row, Section, Unit, interleave, progress
+from . import fio, images, servers
+from .fio import Workload
+from .report import MEBIBYTES_PER_SECOND, REQUESTS, Row, Section, interleave, progress
 from .settings import Settings
 
 WARM_UP_SECONDS = 1
-
-
-class Workload(NamedTuple):
-    """One way of reading."""
-
-    name: str
-    fio: tuple[str, ...]
-    unit: Unit
 
 
 class Subject(NamedTuple):
@@ -35,9 +26,9 @@ class Subject(NamedTuple):
 
 
 WORKLOADS = (
-    Workload("4 KiB random, depth 1", ("--rw=randread", "--bs=4k", "--iodepth=1"), REQUESTS),
-    Workload("4 KiB random, depth 32", ("--rw=randread", "--bs=4k", "--iodepth=32"), REQUESTS),
-    Workload("1 MiB sequential, depth 8", ("--rw=read", "--bs=1m", "--iodepth=8"), MEBIBYTES_PER_SECOND),
+    Workload("4 KiB random, depth 1", "read", ("--rw=randread", "--bs=4k", "--iodepth=1"), REQUESTS),
+    Workload("4 KiB random, depth 32", "read", ("--rw=randread", "--bs=4k", "--iodepth=32"), REQUESTS),
+    Workload("1 MiB sequential, depth 8", "read", ("--rw=read", "--bs=1m", "--iodepth=8"), MEBIBYTES_PER_SECOND),
 )
 
 
@@ -77,10 +68,10 @@ def measure(settings: Settings) -> Iterator[Section]:
             images.write_disk(raw, settings.size)
         with contenders(subject, raw, settings) as uris:
             for uri in uris.values():
-                fio(uri, WORKLOADS[1], WARM_UP_SECONDS)
+                timed(uri, WORKLOADS[1], WARM_UP_SECONDS)
             for workload in chosen:
                 name = f"{subject.name}, {workload.name}"
-                runs = {who: partial(fio, uri, workload, settings.seconds) for who, uri in uris.items()}
+                runs = {who: partial(timed, uri, workload, settings.seconds) for who, uri in uris.items()}
                 section.rows.append(Row(name, workload.unit, interleave(settings.rounds, name, runs)))
     raw.unlink(missing_ok=True)
 
@@ -105,19 +96,6 @@ def contenders(subject: Subject, raw: Path, settings: Settings) -> Iterator[dict
         image.with_suffix(".data").unlink(missing_ok=True)
 
 
-def fio(uri: str, workload: Workload, seconds: int) -> float:
-    """One run of `seconds`; requests per second, or MiB per second, as the workload's unit says."""
-    report = read(uri, *workload.fio, "--time_based", f"--runtime={seconds}")
-    return report["iops"] if workload.unit is REQUESTS else report["bw_bytes"] / 2**20
-
-
-def read(uri: str, *options: str) -> dict[str, float]:
-    """The `read` part of fio's report on one job."""
-    told = output_of(
-        ["fio", "--name=bench", "--ioengine=nbd", f"--uri={uri}", *options, "--eta=never", "--output-format=json"]
-    )
-    job = json.loads(told[told.index("{") :])["jobs"][0]
-    if job["error"]:
-        raise BenchError(f"fio ended with error {job['error']}")
-    reads: dict[str, float] = job["read"]
-    return reads
+def timed(uri: str, workload: Workload, seconds: int) -> float:
+    """One run of `seconds`."""
+    return fio.rate(uri, workload, "--time_based", f"--runtime={seconds}")

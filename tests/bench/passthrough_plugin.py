@@ -1,4 +1,4 @@
-"""The floor for a Python plugin: every read is one `preadv` of a raw file, and nothing else happens.
+"""The floor for a Python plugin: every read is one `preadv` of a raw file, every write one `pwritev`, and that is all.
 
     nbdkit python ./passthrough_plugin.py file=disk.raw
 
@@ -11,6 +11,7 @@ enough to care.
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 from threading import get_ident
 
@@ -25,17 +26,27 @@ parameters: dict[str, str] = {}
 class Connection:
     """One client: its file, and the threads whose state is kept."""
 
-    def __init__(self) -> None:
-        self.fd = os.open(parameters["file"], os.O_RDONLY | os.O_CLOEXEC)
+    def __init__(self, readonly: bool) -> None:
+        self.fd = os.open(parameters["file"], (os.O_RDONLY if readonly else os.O_RDWR) | os.O_CLOEXEC)
         self.seen: set[int] = set()
 
     def read(self, buffer: bytearray, offset: int) -> None:
         """Fill the buffer; a short read leaves the rest as it is, which a floor may do."""
+        self.keep_thread()
+        os.preadv(self.fd, (buffer,), offset)
+
+    def write(self, buffer: bytearray, offset: int) -> None:
+        """Store the buffer; a short write is an error."""
+        self.keep_thread()
+        if os.pwritev(self.fd, (buffer,), offset) != len(buffer):
+            raise OSError(errno.EIO, "a short write")
+
+    def keep_thread(self) -> None:
+        """Keep the state of the thread that runs this."""
         thread = get_ident()
         if thread not in self.seen:
             ctypes.pythonapi.PyGILState_Ensure()
             self.seen.add(thread)
-        os.preadv(self.fd, (buffer,), offset)
 
 
 def config(key: str, value: str) -> None:
@@ -52,7 +63,7 @@ def thread_model() -> int:
 
 def open(readonly: bool) -> Connection:
     """A client has come."""
-    return Connection()
+    return Connection(readonly)
 
 
 def close(connection: Connection) -> None:
@@ -66,10 +77,20 @@ def get_size(connection: Connection) -> int:
 
 
 def can_multi_conn(connection: Connection) -> bool:
-    """Nothing is ever written."""
+    """All connections write to one file, and a flush is of the whole file."""
     return True
 
 
 def pread(connection: Connection, buffer: bytearray, offset: int, flags: int) -> None:
     """One read."""
     connection.read(buffer, offset)
+
+
+def pwrite(connection: Connection, buffer: bytearray, offset: int, flags: int) -> None:
+    """One write."""
+    connection.write(buffer, offset)
+
+
+def flush(connection: Connection, flags: int) -> None:
+    """What was written is durable."""
+    os.fdatasync(connection.fd)

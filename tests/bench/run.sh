@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Measures side by side with QEMU's tools, on a machine where nothing was installed by hand too:
 #
-#   bash tests/bench/run.sh                                        everything; some 15 minutes on a quiet machine
+#   bash tests/bench/run.sh                                        everything; some 25 minutes on a quiet machine
 #   bash tests/bench/run.sh --only "fio plain" --rounds 3          a part of it; --help tells every option
 #
 # Tables go to standard output, progress to standard error, every single round to bench.json (--json FILE). File names

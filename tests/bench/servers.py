@@ -1,6 +1,7 @@
 """NBD servers on a Unix socket, started for a measurement and ended with it.
 
-The settings that are compared stand here, at the top. Refuses to know what is read from the servers.
+The settings that are compared stand here, at the top. Read-only unless `writable`. Refuses to know what is asked of
+the servers.
 """
 
 from __future__ import annotations
@@ -34,30 +35,37 @@ class Server(NamedTuple):
 
 
 @contextmanager
-def ours(image: Path, threads: int) -> Iterator[Server]:
+def ours(image: Path, threads: int, *, writable: bool = False) -> Iterator[Server]:
     """This project's plugin in nbdkit, `threads` requests of one connection at once."""
     plugin = ROOT / "nbdkit_plugin.py"
-    with nbdkit([f"--threads={threads}"], plugin, [f"file={image}", *OUR_PARAMETERS], image.parent) as server:
+    options = [f"--threads={threads}", *access(writable)]
+    with nbdkit(options, plugin, [f"file={image}", *OUR_PARAMETERS], image.parent) as server:
         yield server
 
 
 @contextmanager
-def pass_through(raw: Path) -> Iterator[Server]:
-    """The floor: a plugin that only calls `preadv` on a raw file."""
+def pass_through(raw: Path, *, writable: bool = False) -> Iterator[Server]:
+    """The floor: a plugin that only calls `preadv` and `pwritev` on a raw file."""
     plugin = Path(__file__).with_name("passthrough_plugin.py")
-    with nbdkit((), plugin, [f"file={raw}"], raw.parent) as server:
+    with nbdkit(access(writable), plugin, [f"file={raw}"], raw.parent) as server:
         yield server
 
 
 @contextmanager
-def qemu_nbd(image: Path) -> Iterator[Server]:
-    """qemu-nbd with its defaults: read-only, and still there after the first client."""
+def qemu_nbd(image: Path, *, writable: bool = False) -> Iterator[Server]:
+    """qemu-nbd with its defaults, and still there after the first client."""
     with socket_folder(image.parent) as folder:
         socket, ready = folder / "socket", folder / "pid"
-        command = ["qemu-nbd", "--read-only", "--persistent", "--format=qcow2"]
+        mode = "--cache=writeback" if writable else "--read-only"
+        command = ["qemu-nbd", mode, "--persistent", "--format=qcow2"]
         command += [f"--socket={socket}", f"--pid-file={ready}", str(image)]
         with running(command, ready, image.parent) as pid:
             yield Server(uri_of(socket), pid)
+
+
+def access(writable: bool) -> list[str]:
+    """nbdkit's options for it."""
+    return [] if writable else ["--readonly"]
 
 
 @contextmanager
@@ -67,7 +75,7 @@ def nbdkit(options: Sequence[str], plugin: Path, parameters: Sequence[str], pare
         raise BenchError(f"{plugin.name} is missing")
     with socket_folder(parent) as folder:
         socket, ready = folder / "socket", folder / "pid"
-        command = ["nbdkit", "--foreground", "--exit-with-parent", "--readonly", *options]
+        command = ["nbdkit", "--foreground", "--exit-with-parent", *options]
         command += [f"--unix={socket}", f"--pidfile={ready}", "python", str(plugin), *parameters]
         with running(command, ready, parent) as pid:
             yield Server(uri_of(socket), pid)

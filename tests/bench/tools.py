@@ -1,4 +1,7 @@
-"""Whole commands, interpreter start included (`qcow2 map`, `qcow2 info`), and opening an image in a running Python."""
+"""Whole commands, start of the interpreter included, and opening an image in a running Python.
+
+The commands: `qcow2 create`, `qcow2 map`, `qcow2 info`.
+"""
 
 from __future__ import annotations
 
@@ -36,11 +39,35 @@ MAP_NOTE = (
     "in 65,536 shuffled *runs of 16 MiB*, in a raw *external data file*, and *preallocated* by qemu-img, where QEMU "
     "notices that the file is sparse and asks the file system too."
 )
+CREATE_NOTE = "Whole processes; 160 MiB of tables are written, into memory as everything here."
 INFO_NOTE = "Whole processes; a fresh Python that does nothing is shown for scale."
 OPEN_NOTE = (
     f"In a running Python with the package imported, median of {REPEATS}; *qemu-img* is a whole `qemu-img info`, for "
     "orientation only."
 )
+
+
+def creates(settings: Settings) -> Iterator[Section]:
+    """`qcow2 create` and `qemu-img create` of a 1 TiB image with all its tables."""
+    section = Section("`create -o preallocation=metadata` of a 1 TiB image", CREATE_NOTE)
+    yield section
+    name = "create, preallocation=metadata, 1 TiB"
+    if not settings.wants(name):
+        return
+    image = settings.folder / "created.qcow2"
+    options = ["-o", "preallocation=metadata", str(image), str(LARGE)]
+    tools = command_lines()
+    commands = {OURS: [*tools[OURS], "create", *options], QEMU: [*tools[QEMU], "create", "-f", "qcow2", *options]}
+    runs = {who: partial(milliseconds_of_new, command, image) for who, command in commands.items()}
+    section.rows.append(Row("preallocation=metadata, 1 TiB", MILLISECONDS, interleave(settings.rounds, name, runs)))
+
+
+def milliseconds_of_new(command: list[str], image: Path) -> float:
+    """Wall-clock milliseconds of one whole run that makes `image`, which goes again."""
+    try:
+        return milliseconds_of(command)
+    finally:
+        image.unlink(missing_ok=True)
 
 
 def maps(settings: Settings) -> Iterator[Section]:

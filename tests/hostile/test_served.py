@@ -64,7 +64,7 @@ def refused(call: Callable[[], object]) -> None:
 
 @contextmanager
 def served(path: Path) -> Iterator[tuple[Server, nbd.NBD]]:
-    with nbdkit({"file": path}) as server, nbd_connect(server.uri) as handle:
+    with nbdkit({"file": path}, "-r") as server, nbd_connect(server.uri) as handle:
         yield server, handle
 
 
@@ -125,7 +125,7 @@ def test_a_client_that_goes_on_asking_gets_answers(tmp_path: Path) -> None:
     """Many errors on several connections at once: no crash, no hang, one line each."""
     path = tmp_path / IMAGE
     ImageBuilder(MIB).data(0, b"first").entry(2, 0x50200).build(path)
-    with nbdkit({"file": path}) as server:
+    with nbdkit({"file": path}, "-r") as server:
         for _ in range(3):
             with nbd_connect(server.uri) as handle:
                 assert read_often(handle, 2 * CLUSTER) == [errno.EIO] * 50
@@ -151,7 +151,7 @@ def read_often(handle: nbd.NBD, offset: int) -> list[int]:
 def test_an_image_that_cannot_be_opened_ends_nbdkit_with_one_line(tmp_path: Path) -> None:
     path = tmp_path / IMAGE
     ImageBuilder(MIB, incompatible=1 << 40).feature_names([(0, 40, b"feature" + ESCAPES)]).build(path)
-    with pytest.raises(ToolError) as caught, nbdkit({"file": path}):
+    with pytest.raises(ToolError) as caught, nbdkit({"file": path}, "-r"):
         pass
     said = [line for line in caught.value.stderr.splitlines() if line.strip()]
     for line in said:
@@ -176,7 +176,7 @@ def test_a_name_in_utf_8_is_listed_and_can_be_asked_for(kind: str, tmp_path: Pat
     path = tmp_path / IMAGE
     image = ImageBuilder(MIB).data(0, b"now")
     image.snapshot("\u00e4".encode(), b"").bitmap("\u00e4".encode(), [(0, 1)]).build(path)
-    with nbdkit({"file": path}) as server:
+    with nbdkit({"file": path}, "-r") as server:
         with nbd_connect(server.uri, f"{kind}=\u00e4") as handle:
             assert handle.pread(3, 0) == b"now"
         assert not lines(server)
@@ -192,7 +192,7 @@ def named(path: Path) -> None:
 def test_names_of_an_image_do_not_reach_a_terminal(tmp_path: Path) -> None:
     path = tmp_path / IMAGE
     named(path)
-    with nbdkit({"file": path}) as server:
+    with nbdkit({"file": path}, "-r") as server:
         listed = run("nbdinfo", "--list", "--no-content", server.uri)
         for line in listed.splitlines():
             assert_harmless_text(line.replace("\t", ""))
@@ -206,7 +206,7 @@ def test_names_that_cannot_be_listed_can_be_asked_for(tmp_path: Path) -> None:
     path = tmp_path / IMAGE
     image = ImageBuilder(MIB).data(0, b"now")
     image.snapshot(b"2\x1b[2J", b"hidden", image.map().data(0, b"before")).build(path)
-    with nbdkit({"file": path}) as server, nbd_connect(server.uri, "snapshot=2\x1b[2J") as handle:
+    with nbdkit({"file": path}, "-r") as server, nbd_connect(server.uri, "snapshot=2\x1b[2J") as handle:
         assert handle.pread(6, 0) == b"before"
         assert not lines(server)
         with pytest.raises(nbd.Error), nbd_connect(server.uri, "snapshot=\x1b[31mnone"):
@@ -229,7 +229,7 @@ def test_names_that_cannot_be_listed_can_be_asked_for(tmp_path: Path) -> None:
 def test_long_names_do_not_keep_the_list_from_being_told(image: ImageBuilder, tmp_path: Path) -> None:
     path = tmp_path / IMAGE
     image.snapshot(b"9", b"short").data(0, b"now").build(path)
-    with nbdkit({"file": path}) as server:
+    with nbdkit({"file": path}, "-r") as server:
         assert 'export="snapshot=9"' in run("nbdinfo", "--list", "--no-content", server.uri)
         assert not lines(server)
 
@@ -268,7 +268,7 @@ def test_the_list_of_many_snapshots_is_told_in_time(tmp_path: Path) -> None:
 def test_more_snapshots_than_nbdkit_can_list_do_not_keep_the_disk_from_being_listed(tmp_path: Path) -> None:
     path = tmp_path / IMAGE
     many_snapshots(path, 11_000)
-    with nbdkit({"file": path}) as server, nbd_connect(server.uri) as handle:
+    with nbdkit({"file": path}, "-r") as server, nbd_connect(server.uri) as handle:
         assert handle.pread(3, 0) == b"now"
         try:
             listed = run("nbdinfo", "--list", "--no-content", server.uri, timeout=5)
@@ -289,7 +289,7 @@ def test_a_disk_that_holds_an_image_is_served_as_raw_bytes(tmp_path: Path) -> No
     for start in range(0, len(content), CLUSTER):
         image.data(start // CLUSTER, content[start : start + CLUSTER])
     image.build(tmp_path / IMAGE)
-    with nbdkit({"file": tmp_path / IMAGE}) as server:
+    with nbdkit({"file": tmp_path / IMAGE}, "-r") as server:
         target = tmp_path / "copied"
         qemu_img("convert", "-f", "raw", "-O", "raw", server.uri, target)
         assert target.read_bytes() == content == convert_to_raw(tmp_path / IMAGE)

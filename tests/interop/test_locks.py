@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from qcow2_plugin.engine.chain import open_image
 from qcow2_plugin.errors import ImageLockedError
 from qcow2_plugin.storage.file import FileStorage
-from qcow2_plugin.storage.opener import Policy, open_given, open_reference
+from qcow2_plugin.storage.opener import Policy, create_given, open_given, open_reference
 from tests.support.holders import qemu_io_holding
 from tests.support.lockbytes import QEMU_FORCE_SHARE, QEMU_READER, QEMU_WRITER, locked_bytes
 from tests.support.tools import ToolError, qemu_img, qemu_io
@@ -99,3 +100,137 @@ def test_force_share_does_not_keep_qemu_from_writing(image: Path) -> None:
     storage = open_given(image, force_share=True)
     qemu_io(image, "write 0 64k")
     storage.close()
+
+
+# Writing.
+
+
+@pytest.mark.parametrize("options", [(), ("-r",)])
+def test_an_image_that_qemu_has_open_is_not_written(image: Path, options: tuple[str, ...]) -> None:
+    with qemu_io_holding(image, *options):
+        before = image.read_bytes()
+        with pytest.raises(ImageLockedError):
+            open_given(image, writable=True)
+        with pytest.raises(ImageLockedError):
+            open_image(image, writable=True)
+        with pytest.raises(ImageLockedError):
+            create_given(image, overwrite=True)
+        assert image.read_bytes() == before
+    open_given(image, writable=True).close()
+
+
+def test_qemu_that_reads_by_force_share_is_no_obstacle(image: Path) -> None:
+    with qemu_io_holding(image, "-r", "-U"):
+        open_given(image, writable=True).close()
+
+
+def refuse_qemu(image: Path) -> None:
+    """Fails unless qemu's programs neither write nor read the image, except by force-share."""
+    with pytest.raises(ToolError, match="lock"):
+        qemu_io(image, "write 0 64k")
+    with pytest.raises(ToolError, match="lock"):
+        qemu_io(image, "read 0 64k", options=("-r", "-f", "qcow2"))
+    for words in (
+        ("check", image),
+        ("info", image),
+        ("resize", image, "8M"),
+        ("snapshot", "-c", "x", image),
+        ("convert", "-f", "qcow2", "-O", "raw", image, image.with_name("copy")),
+    ):
+        with pytest.raises(ToolError, match="lock"):
+            qemu_img(*words)
+    qemu_img("info", "-U", image)
+
+
+def test_qemu_keeps_away_from_what_we_write(image: Path) -> None:
+    storage = open_given(image, writable=True)
+    before = image.read_bytes()
+    assert locked_bytes(image) == set(QEMU_WRITER)
+    refuse_qemu(image)
+    assert image.read_bytes() == before
+    storage.close()
+    qemu_io(image, "write 0 64k")
+    qemu_img("resize", image, "8M")
+
+
+def test_qemu_keeps_away_from_what_we_create(image: Path) -> None:
+    content = image.read_bytes()
+    path = image.with_name("new.qcow2")
+    storage, _ = create_given(path)
+    storage.write_from(content, 0)
+    refuse_qemu(path)
+    with pytest.raises(ToolError, match="lock"):
+        qemu_img("create", "-f", "qcow2", path, "4M")
+    storage.close()
+    qemu_img("check", path)
+
+
+def test_qemu_keeps_away_from_an_image_open_for_writing(image: Path) -> None:
+    with open_image(image, writable=True):
+        refuse_qemu(image)
+    qemu_img("check", image)
+
+
+@pytest.mark.parametrize("writable", [False, True])
+def test_two_of_our_own_exclude_each_other(image: Path, writable: bool) -> None:
+    other_name = image.with_name("other.qcow2")
+    os.link(image, other_name)
+    for name in (image, other_name):
+        with open_image(image, writable=True):
+            with pytest.raises(ImageLockedError):
+                open_image(name, writable=writable)
+            open_image(name, force_share=True).close()
+        with open_image(image), open_image(name), pytest.raises(ImageLockedError):
+            open_image(name, writable=True)
+    open_image(image, writable=True).close()
+
+
+def test_an_overlay_is_not_opened_while_its_base_is_written(image: Path) -> None:
+    overlay = image.with_name("overlay.qcow2")
+    qemu_img("create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", image.name, overlay)
+    with open_image(image, writable=True):
+        for writable in (False, True):
+            with pytest.raises(ImageLockedError) as caught:
+                open_image(overlay, writable=writable)
+            assert caught.value.file == str(image)
+        with pytest.raises(ToolError, match="lock"):
+            qemu_io(overlay, "write 0 64k")
+    with open_image(overlay, writable=True):
+        with pytest.raises(ImageLockedError):
+            open_image(image, writable=True)
+        with pytest.raises(ToolError, match="lock"):
+            qemu_io(image, "write 0 64k")
+        open_image(image).close()
+        qemu_img("check", image)
+
+
+def test_two_overlays_of_one_base_are_written_side_by_side(image: Path) -> None:
+    overlays = [image.with_name(name) for name in ("one", "other")]
+    for overlay in overlays:
+        qemu_img("create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", image.name, overlay)
+    with open_image(overlays[0], writable=True):
+        qemu_io(overlays[1], "write 0 64k")
+        open_image(overlays[1], writable=True).close()
+
+
+def test_a_data_file_belongs_to_one_writer(image: Path) -> None:
+    data = image.with_name("data")
+    images = [image.with_name(name) for name in ("one", "other")]
+    for path in images:
+        qemu_img("create", "-q", "-f", "qcow2", "-o", f"data_file={data},data_file_raw=on", path, "4M")
+    with open_image(images[0], writable=True, data_file=data):
+        for writable in (False, True):
+            with pytest.raises(ImageLockedError) as caught:
+                open_image(images[1], writable=writable, data_file=data)
+            assert caught.value.file == str(data)
+        with pytest.raises(ToolError, match="lock"):
+            qemu_io(images[1], "write 0 64k")
+        with pytest.raises(ToolError, match='Failed to get "write" lock'):
+            qemu_io(data, "write 0 64k", options=("-f", "raw"))
+    with qemu_io_holding(images[1]):
+        before = data.read_bytes()
+        with pytest.raises(ImageLockedError):
+            open_image(images[0], writable=True, data_file=data)
+        assert data.read_bytes() == before
+    qemu_io(images[1], "write 0 64k")
+    qemu_io(data, "write 0 64k", options=("-f", "raw"))

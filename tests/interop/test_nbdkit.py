@@ -1,4 +1,7 @@
-"""The plugin in a real nbdkit, asked by real clients: what is read, what is listed, what is refused and how."""
+"""The plugin in a real nbdkit, asked by real clients: what is read, what is listed, what is refused and how.
+
+Nearly all servers here are read-only; test_nbdkit_writing has the others.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +20,13 @@ import nbd
 import pytest
 
 from qcow2_plugin import open_image
-from qcow2_plugin.adapters.nbd import BitmapView
+from qcow2_plugin.adapters.exports import BitmapView
 from tests.support.agreement import RawDisk, assert_reads_as, assert_tiles, converted, odd_ranges
 from tests.support.builder import ImageBuilder
 from tests.support.holders import qemu_io_holding
 from tests.support.mixture import fill, pattern_files
 from tests.support.nbd_disk import NbdDisk, states_of
-from tests.support.tools import PLUGIN, ToolError, nbd_connect, nbdkit, qemu_img, qemu_img_json, qemu_io, run
+from tests.support.tools import PLUGIN, Server, ToolError, nbd_connect, nbdkit, qemu_img, qemu_img_json, qemu_io, run
 
 MIB = 1 << 20
 SIZE = 10 * MIB + 1536
@@ -56,9 +59,15 @@ def expected(disk: Path) -> Iterator[RawDisk]:
         yield raw
 
 
+def reading(
+    params: Mapping[str, str | Path], *options: str, plugin: Path = PLUGIN
+) -> contextlib.AbstractContextManager[Server]:
+    return nbdkit({"readonly": "true", **params}, *options, plugin=plugin)
+
+
 @contextlib.contextmanager
 def served(params: Mapping[str, str | Path], *options: str, export: str = "") -> Iterator[NbdDisk]:
-    with nbdkit(params, *options) as server, nbd_connect(server.uri, export) as handle:
+    with reading(params, *options) as server, nbd_connect(server.uri, export) as handle:
         yield NbdDisk(handle)
 
 
@@ -128,10 +137,10 @@ def test_a_partition_is_cut_out(tmp_path: Path) -> None:
 
 def test_run_gives_clients_the_disk_and_ends_with_them(disk: Path, expected: RawDisk, tmp_path: Path) -> None:
     copy = tmp_path / "copy.raw"
-    run("nbdkit", "-U", "-", "python", PLUGIN, f"file={disk}", "--run", f'nbdcopy "$uri" "{copy}"')
+    run("nbdkit", "-r", "-U", "-", "python", PLUGIN, f"file={disk}", "--run", f'nbdcopy "$uri" "{copy}"')
     assert copy.read_bytes() == expected.pread(SIZE, 0)
     with pytest.raises(ToolError) as failed:
-        run("nbdkit", "-U", "-", "python", PLUGIN, f"file={disk}", "--run", "exit 7")
+        run("nbdkit", "-r", "-U", "-", "python", PLUGIN, f"file={disk}", "--run", "exit 7")
     assert failed.value.returncode == 7
 
 
@@ -140,7 +149,7 @@ def in_background(directory: Path, *words: str) -> Iterator[str]:
     """nbdkit started in `directory`, gone into the background; its URI. Ends it with SIGTERM."""
     socket, pid_file = directory / "socket", directory / "pid"
     socket.unlink(missing_ok=True)  # nbdkit leaves it
-    command = ["nbdkit", "-U", str(socket), "-P", str(pid_file), "python", str(PLUGIN), *words]
+    command = ["nbdkit", "-r", "-U", str(socket), "-P", str(pid_file), "python", str(PLUGIN), *words]
     subprocess.run(command, cwd=directory, check=True, timeout=30, stdin=subprocess.DEVNULL)
     pid = int(pid_file.read_text())
     try:
@@ -188,7 +197,7 @@ def test_many_connections_read_at_once(disk: Path, expected: RawDisk) -> None:
         except BaseException as error:
             failures.append(error)
 
-    with nbdkit({"file": disk}, "-t", "16") as server:
+    with reading({"file": disk}, "-t", "16") as server:
         threads = [threading.Thread(target=read, args=(server.uri, seed)) for seed in range(8)]
         for thread in threads:
             thread.start()
@@ -236,7 +245,7 @@ def test_cache_requests_are_taken(disk: Path, expected: RawDisk) -> None:
 
 
 def test_sigterm_ends_it_with_a_client_connected(disk: Path) -> None:
-    with nbdkit({"file": disk}, "-t", "16") as server:
+    with reading({"file": disk}, "-t", "16") as server:
         with nbd_connect(server.uri) as handle:
             handle.pread(512, 0)
             server.process.send_signal(signal.SIGTERM)
@@ -285,7 +294,7 @@ def test_more_states_than_one_reply_holds(tmp_path: Path) -> None:
 
 
 def test_exports_are_listed_with_what_they_are(disk: Path) -> None:
-    with nbdkit({"file": disk}) as server:
+    with reading({"file": disk}) as server:
         listed = json.loads(run("nbdinfo", "--json", "--list", server.uri))["exports"]
         described = {entry["export-name"]: entry["description"] for entry in listed}
         assert list(described) == ["", "snapshot=1", "snapshot=2", "bitmap=monday", "bitmap=tuesday"]
@@ -302,7 +311,7 @@ def test_exports_are_listed_with_what_they_are(disk: Path) -> None:
 
 @pytest.mark.parametrize(("number", "name"), [("1", "small"), ("2", "large")])
 def test_a_snapshot_is_an_export(number: str, name: str, disk: Path, expected: RawDisk) -> None:
-    with nbdkit({"file": disk}, "-t", "16") as server, open_image(disk, snapshot=name) as image:
+    with reading({"file": disk}, "-t", "16") as server, open_image(disk, snapshot=name) as image:
         for export_name in (f"snapshot={number}", f"snapshot={name}"):
             with nbd_connect(server.uri, export_name) as handle, nbd_connect(server.uri) as other:
                 export = NbdDisk(handle)
@@ -349,7 +358,7 @@ def test_an_incremental_backup_is_what_a_bitmap_calls_data(tmp_path: Path) -> No
         backup.write_bytes(old.pread(SIZE, 0))
     qemu_img("bitmap", "--add", path, "since")
     fill(path, SIZE, CLUSTER, seed=2)
-    with converted(path) as new, nbdkit({"file": path}) as server:
+    with converted(path) as new, reading({"file": path}) as server:
         assert backup.read_bytes() != new.pread(SIZE, 0)
         with nbd_connect(server.uri, "bitmap=since") as handle, open(backup, "r+b") as restored:
             for offset, length, flags in NbdDisk(handle).states():
@@ -363,7 +372,7 @@ def test_an_incremental_backup_is_what_a_bitmap_calls_data(tmp_path: Path) -> No
     "name", ["nope", "snapshot=3", "snapshot=", "bitmap=wednesday", "bitmap=", "Snapshot=1", "\x1b[31m", "x" * 4096]
 )
 def test_an_unknown_export_is_refused_and_the_others_go_on(name: str, disk: Path) -> None:
-    with nbdkit({"file": disk}) as server:
+    with reading({"file": disk}) as server:
         with nbd_connect(server.uri) as handle:
             with pytest.raises(nbd.Error) as refused, nbd_connect(server.uri, name):
                 pytest.fail("there is no such export")
@@ -381,7 +390,7 @@ def test_more_exports_than_are_served_at_once(tmp_path: Path) -> None:
     for number in range(1, 41):
         builder.snapshot(b"%d" % number, b"name")
     builder.build(path)
-    with nbdkit({"file": path}) as server, contextlib.ExitStack() as connections:
+    with reading({"file": path}) as server, contextlib.ExitStack() as connections:
         first = connections.enter_context(nbd_connect(server.uri, "snapshot=1"))
         with contextlib.ExitStack() as others:
             for number in range(2, 17):
@@ -414,7 +423,7 @@ def wait_for_export(uri: str, name: str) -> None:
 def test_a_corrupt_entry_is_eio_where_it_is_and_nowhere_else(tmp_path: Path) -> None:
     path = tmp_path / "disk.qcow2"
     built = ImageBuilder(4 * CLUSTER).data(0, b"a").entry(1, 1 << 63 | 0x50200).data(2, b"c").build(path)
-    with nbdkit({"file": path}) as server, nbd_connect(server.uri) as handle:
+    with reading({"file": path}) as server, nbd_connect(server.uri) as handle:
         for length, offset in [(1, CLUSTER), (3 * CLUSTER, 0), (2, CLUSTER - 1)]:
             with pytest.raises(nbd.Error) as failed:
                 handle.pread(length, offset)
@@ -437,7 +446,7 @@ def test_a_corrupt_entry_is_eio_where_it_is_and_nowhere_else(tmp_path: Path) -> 
 
 def complaint_of(params: Mapping[str, str | Path], *options: str) -> str:
     """The one line that nbdkit says when it does not start."""
-    with pytest.raises(ToolError) as refused, nbdkit(params, *options):
+    with pytest.raises(ToolError) as refused, reading(params, *options):
         pytest.fail("the server started")
     (line,) = [line for line in refused.value.stderr.splitlines() if line.strip()]
     assert line.startswith("nbdkit: error: ")
@@ -450,12 +459,17 @@ def complaint_of(params: Mapping[str, str | Path], *options: str) -> str:
         ({"policy": "open"}, "policy=open is none of inspect, confined, trusted"),
         ({"allow-damaged": "maybe"}, 'allow-damaged=maybe is neither "true" nor "false"'),
         ({"force-share": ""}, 'force-share= is neither "true" nor "false"'),
+        ({"readonly": "perhaps"}, 'readonly=perhaps is neither "true" nor "false"'),
+        ({"readonly": "false", "snapshot": "small"}, "snapshot= is for reading only"),
+        ({"readonly": "false", "bitmap": "monday"}, "bitmap= is for reading only"),
+        ({"readonly": "false", "allow-damaged": "true"}, "allow-damaged= is for reading only"),
+        ({"readonly": "false", "force-share": "true"}, "force-share= is for reading only"),
         ({"snapshot": "small", "bitmap": "monday"}, "snapshot= and bitmap= exclude each other"),
         ({"snapshot": "none"}, 'the image has no internal snapshot "none"'),
         ({"bitmap": "none"}, 'the image has no bitmap "none"'),
         ({"data-file": "x"}, "the image has no external data file"),
         ({"backing-file": "none"}, "No such file or directory"),
-        ({"backing_file": "x"}, 'unknown parameter "backing_file"; known are: file, policy, '),
+        ({"backing_file": "x"}, 'unknown parameter "backing_file"; known are: file, readonly, policy, '),
         ({"file": ""}, "neither a regular file nor a block device"),
         ({"file": "/none"}, "No such file or directory: '/none'"),
         ({"file": "/dev/null"}, "this is a character device"),
@@ -469,7 +483,7 @@ def test_wrong_parameters_are_told_in_one_line(params: dict[str, str | Path], co
 
 
 def test_a_size_that_is_none_is_told_without_a_traceback(disk: Path) -> None:
-    with pytest.raises(ToolError) as refused, nbdkit({"file": disk, "cache-size": "lots"}):
+    with pytest.raises(ToolError) as refused, reading({"file": disk, "cache-size": "lots"}):
         pytest.fail("the server started")
     assert "cache-size=lots" in refused.value.stderr
     assert "Traceback" not in refused.value.stderr
@@ -500,7 +514,7 @@ def test_an_image_in_use_is_refused_unless_sharing_is_forced(tmp_path: Path) -> 
         assert "permission to write" in complaint_of({"file": path})
         with served({"file": path, "force-share": "true"}) as export:
             assert export.handle.pread(1, 0) == b"x"
-    with nbdkit({"file": path}), pytest.raises(ToolError, match='Failed to get "write" lock'):
+    with reading({"file": path}), pytest.raises(ToolError, match='Failed to get "write" lock'):
         qemu_io(path, "write 0 512")
     qemu_io(path, "write 0 512")
 
@@ -530,8 +544,8 @@ def test_dump_plugin_lists_every_parameter() -> None:
     listed = {line.partition("=")[0] for line in dumped.splitlines() if line.startswith("qcow2_")}
     assert listed == {
         f"qcow2_{name}" for name in (
-            "file", "policy", "data_file", "backing_file", "backing_format", "base_directory", "snapshot", "bitmap",
-            "allow_damaged", "force_share", "cache_size",
+            "file", "readonly", "policy", "data_file", "backing_file", "backing_format", "base_directory",
+            "snapshot", "bitmap", "allow_damaged", "force_share", "cache_size",
         )
     }  # fmt: skip
     assert "thread_model=parallel" in dumped.splitlines()
@@ -539,7 +553,15 @@ def test_dump_plugin_lists_every_parameter() -> None:
 
 def test_the_file_explains_itself() -> None:
     text = run("/usr/bin/python3", PLUGIN, "--help")
-    for name in ("file=", "policy=", "snapshot=", "bitmap=", "cache-size=", "python ./nbdkit_plugin.py file="):
+    for name in (
+        "file=",
+        "readonly=",
+        "policy=",
+        "snapshot=",
+        "bitmap=",
+        "cache-size=",
+        "python ./nbdkit_plugin.py file=",
+    ):
         assert name in text
     with pytest.raises(ToolError) as caught:
         run("/usr/bin/python3", PLUGIN)
@@ -548,7 +570,7 @@ def test_the_file_explains_itself() -> None:
 
 def test_without_the_package_one_line_says_what_to_do(disk: Path, tmp_path: Path) -> None:
     alone = shutil.copy(PLUGIN, tmp_path / "nbdkit_plugin.py")
-    with pytest.raises(ToolError) as refused, nbdkit({"file": disk}, plugin=Path(alone)):
+    with pytest.raises(ToolError) as refused, reading({"file": disk}, plugin=Path(alone)):
         pytest.fail("the server started")
     (line,) = [line for line in refused.value.stderr.splitlines() if line.strip()]
     assert "No module named 'qcow2_plugin'" in line
@@ -558,6 +580,6 @@ def test_without_the_package_one_line_says_what_to_do(disk: Path, tmp_path: Path
 def test_it_runs_from_any_directory_through_any_path(disk: Path, tmp_path: Path) -> None:
     relative = os.path.relpath(PLUGIN, tmp_path)
     for name in (relative, str(PLUGIN)):
-        words = ["nbdkit", "-U", "-", "python", name, f"file={disk}", "--run", 'nbdinfo --size "$uri"']
+        words = ["nbdkit", "-r", "-U", "-", "python", name, f"file={disk}", "--run", 'nbdinfo --size "$uri"']
         done = subprocess.run(words, cwd=tmp_path, check=True, capture_output=True, text=True, timeout=60)
         assert done.stdout == f"{SIZE}\n"

@@ -15,11 +15,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import nbd
 import pytest
 
 from tests.support.builder import ImageBuilder
 from tests.support.command import COMMAND, process_environment, qcow2_process
-from tests.support.tools import nbd_connect, run
+from tests.support.lockbytes import QEMU_READER, QEMU_WRITER, locked_bytes
+from tests.support.tools import convert_to_raw, nbd_connect, qemu_img, run
 
 MIB = 1 << 20
 TIMEOUT = 30  # seconds
@@ -75,6 +77,47 @@ def test_it_prints_a_uri_that_works_and_what_to_type(image: Path) -> None:
                 ],
             )
         assert (image.parent / "copy").exists()
+
+
+def test_it_takes_no_writes_unless_asked_to(image: Path) -> None:
+    before = image.read_bytes()
+    with served(image) as (_, lines), nbd_connect(lines[0]) as handle:
+        handle.set_strict_mode(0)
+        with pytest.raises(nbd.Error) as refused:
+            handle.pwrite(b"new", 0)
+        assert refused.value.errno == "EPERM"
+        assert locked_bytes(image) == set(QEMU_READER)
+    assert image.read_bytes() == before
+
+
+@pytest.mark.parametrize("option", ["-w", "--writable"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_what_was_written_is_stored_when_it_ends(number: signal.Signals, option: str, image: Path) -> None:
+    with served(option, image) as (process, lines):
+        with nbd_connect(lines[0]) as handle:
+            assert not handle.is_read_only()
+            handle.pwrite(b"new" * 1000, MIB - 1)
+        with nbd_connect(lines[0], "snapshot=7") as handle:
+            assert handle.is_read_only()
+        assert locked_bytes(image) == set(QEMU_WRITER)
+        process.send_signal(number)
+        assert process.wait(TIMEOUT) == 0
+    qemu_img("check", image)
+    assert convert_to_raw(image)[MIB - 1 :].startswith(b"new" * 1000 + bytes(1))
+
+
+def test_it_fails_if_what_was_written_cannot_be_stored(image: Path) -> None:
+    ended = qcow2_process("serve", "--writable", "--run", f'nbdcopy {image} "$uri"; truncate -s 512 {image}', image)
+    assert ended.status == 1
+    assert "what was written after the last flush may be lost" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize("option", ["--snapshot=7", "--bitmap=backup", "--allow-damaged", "-U"])
+def test_what_is_for_reading_does_not_go_with_writing(option: str, image: Path) -> None:
+    ended = qcow2_process("serve", "--writable", option, "--run", "true", image)
+    assert ended.status == 2
+    assert "is for reading only, it does not go with --writable" in ended.stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

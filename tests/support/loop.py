@@ -11,11 +11,14 @@ import pytest
 
 
 @contextlib.contextmanager
-def loop_device(path: Path) -> Iterator[str]:
-    """The name of a read-only block device with the content of `path`; skips the test without the privilege."""
+def loop_device(path: Path, *, read_only: bool = True) -> Iterator[str]:
+    """The name of a block device with the content of `path`; skips the test without the privilege."""
     try:
         made = subprocess.run(
-            ["losetup", "--find", "--show", "--read-only", str(path)], capture_output=True, text=True, check=True
+            ["losetup", "--find", "--show", *(["--read-only"] if read_only else []), str(path)],
+            capture_output=True,
+            text=True,
+            check=True,
         )
     except (OSError, subprocess.CalledProcessError) as error:
         pytest.skip(f"this user cannot make a loop device: {error}")

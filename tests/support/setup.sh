@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Brings a machine on which nothing was installed by hand to where images can be served and tests can run:
 #
-#   bash tests/support/setup.sh [test | bench]    with "test", the Python packages that tests need as well;
-#                                                 with "bench", fio with its nbd engine
+#   bash tests/support/setup.sh [test | bench]    with either, fio with its nbd engine as well;
+#                                                 with "test", the Python packages that tests need too
 #
 # Owns the list of system packages, and .venv. What is there already is left alone, so that a second run takes a
 # moment. examples/quickstart.sh and tests/run.sh start with it. It needs no terminal and no input; when it cannot go
@@ -69,7 +69,7 @@ find_missing() {
     want libnbd-bin libnbd eval 'nbdinfo --version && nbdcopy --version'
     want python3-libnbd python3-libnbd "$python" -I -c 'import nbd'
     want qemu-utils qemu-img eval 'qemu-img --version && qemu-io --version && qemu-nbd --version'
-    [[ $purpose != bench ]] || want fio fio-engine-nbd fio --enghelp=nbd
+    [[ -z $purpose ]] || want fio fio-engine-nbd fio --enghelp=nbd
 }
 
 # want DEBIAN_NAME FEDORA_NAME PROBE...

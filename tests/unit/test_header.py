@@ -6,7 +6,13 @@ import struct
 
 import pytest
 
-from qcow2_plugin.errors import CorruptImageError, NotQcow2Error, Qcow2Error, UnsupportedFeatureError
+from qcow2_plugin.errors import (
+    CorruptImageError,
+    NotQcow2Error,
+    OptionError,
+    Qcow2Error,
+    UnsupportedFeatureError,
+)
 from qcow2_plugin.format.header import (
     CompressionType,
     EncryptionMethod,
@@ -606,3 +612,60 @@ def test_errors_say_which_byte_of_the_header_is_wrong() -> None:
         with pytest.raises(CorruptImageError) as caught:
             Header.parse(bytes(cluster))
         assert caught.value.host_offset == offset, field
+
+
+# ---- names for a new image
+
+
+def named(
+    header: Header,
+    *,
+    backing_file: bytes | None = None,
+    backing_format: bytes | None = None,
+    data_file: bytes | None = None,
+) -> Header:
+    return header.with_names(backing_file=backing_file, backing_format=backing_format, data_file=data_file)
+
+
+def test_names_come_in_the_order_of_qemu_and_can_be_parsed_again() -> None:
+    header = named(parsed(), backing_file=b"base", backing_format=b"qcow2", data_file=b"8 bytes.")
+    assert [extension.type for extension in header.extensions] == [BACKING_FORMAT, DATA_FILE, FEATURE_NAMES]
+    assert header.backing_file_offset == 112 + (8 + 8) + (8 + 8) + (8 + 8 * 48) + 8
+    assert header.has_end_marker
+    assert Header.parse(header.pack()) == header
+    assert (header.backing_file, header.backing_format, header.data_file) == (b"base", b"qcow2", b"8 bytes.")
+    assert header.pack()[112:136] == bytes.fromhex("e2792aca 00000005") + b"qcow2\0\0\0" + b"DATA\0\0\0\x08"
+
+
+def test_names_take_the_place_of_what_was_there() -> None:
+    before = parsed(extensions=[Extension(DATA_FILE, b"data"), Extension(0x1234, b"x")], backing=b"base")
+    header = named(before)
+    assert (header.backing_file, header.backing_file_offset, header.data_file) == (None, 0, None)
+    assert [extension.type for extension in header.extensions] == [FEATURE_NAMES]
+
+
+def test_features_are_named() -> None:
+    names = named(parsed()).extension_data(FEATURE_NAMES) or b""
+    entries = [(kind, bit, name.rstrip(b"\0")) for kind, bit, name in struct.iter_unpack("BB46s", names)]
+    assert [entry[:2] for entry in entries] == [(0, 0), (0, 1), (0, 2), (0, 3), (0, 4), (1, 0), (2, 0), (2, 1)]
+    assert all(name.isascii() and len(name) > 6 for _, _, name in entries)
+
+
+@pytest.mark.parametrize(("version", "cluster_bits", "count"), [(3, 13, 1), (3, 12, 0), (3, 9, 0), (2, 16, 0)])
+def test_features_are_not_named_where_there_is_no_room_or_no_feature(
+    version: int, cluster_bits: int, count: int
+) -> None:
+    assert len(named(parsed(version=version, cluster_bits=cluster_bits, size=0, l1_size=0)).extensions) == count
+
+
+@pytest.mark.parametrize(("length", "fits"), [(375, True), (376, True), (377, False), (1023, False)])
+def test_names_that_do_not_fit_the_header_cluster_are_refused(length: int, fits: bool) -> None:
+    header = parsed(cluster_bits=9, size=0, l1_size=0)
+    name = b"x" * length
+    if fits:
+        assert Header.parse(named(header, backing_file=name, backing_format=b"raw").pack()).backing_file == name
+        return
+    with pytest.raises(OptionError, match=r"512 bytes has no room .* larger clusters, or shorter names"):
+        named(header, backing_file=name, backing_format=b"raw")
+    with pytest.raises(OptionError, match="no room"):
+        named(header, data_file=name + b"x" * 20)

@@ -13,11 +13,8 @@ from pathlib import Path
 import pytest
 
 from qcow2_plugin.errors import ImageLockedError
-from qcow2_plugin.storage.locks import Permission, lock, lock_for_reading
+from qcow2_plugin.storage.locks import lock_for_reading, lock_for_writing
 from tests.support.lockbytes import ALL, QEMU_FORCE_SHARE, QEMU_READER, QEMU_WRITER, holding, locked_bytes
-
-READER = Permission.CONSISTENT_READ
-CHANGES = Permission.WRITE | Permission.RESIZE
 
 
 @pytest.fixture
@@ -104,42 +101,80 @@ def test_locks_go_with_their_own_descriptor_and_no_other(path: Path, fd: int) ->
 
 def test_a_writer_holds_what_qemu_holds(path: Path) -> None:
     with path.open("r+b") as writer:
-        lock(writer.fileno(), str(path), use=READER | CHANGES, forbid=CHANGES)
+        lock_for_writing(writer.fileno(), str(path))
         assert locked_bytes(path) == set(QEMU_WRITER)
+    assert locked_bytes(path) == set()
+
+
+@pytest.mark.parametrize("byte", ALL)
+def test_which_bytes_of_others_exclude_a_writer(path: Path, byte: int) -> None:
+    with path.open("r+b") as writer, holding(path, [byte]):
+        if byte not in (101, 103, 200, 201, 203):
+            lock_for_writing(writer.fileno(), str(path))
+            return
+        with pytest.raises(ImageLockedError) as caught:
+            lock_for_writing(writer.fileno(), str(path))
+        assert locked_bytes(path) == {byte}  # nothing of ours is left
+    meanings = {
+        101: "holds the permission to write",
+        103: "holds the permission to resize",
+        200: "forbids the permission to read",
+        201: "forbids the permission to write",
+        203: "forbids the permission to resize",
+    }
+    assert meanings[byte] in str(caught.value)
+    assert f"byte {byte} is locked); stop it first" in str(caught.value)
+    assert "force-share" not in str(caught.value)  # no way for a writer
+    assert caught.value.file == str(path)
 
 
 @pytest.mark.parametrize("other", [QEMU_READER, QEMU_WRITER])
 def test_a_writer_is_excluded_by_readers_and_writers(path: Path, other: tuple[int, ...]) -> None:
     with path.open("r+b") as writer, holding(path, other):
         with pytest.raises(ImageLockedError):
-            lock(writer.fileno(), str(path), use=READER | CHANGES, forbid=CHANGES)
+            lock_for_writing(writer.fileno(), str(path))
         assert locked_bytes(path) == set(other)
 
 
-def test_of_a_reader_and_a_writer_that_start_together_never_both_go_on(path: Path) -> None:
+def test_a_writer_goes_beside_a_force_share_reader_whoever_comes_first(path: Path, fd: int) -> None:
+    with path.open("r+b") as writer:
+        lock_for_reading(fd, str(path), force_share=True)
+        lock_for_writing(writer.fileno(), str(path))
+        with path.open("rb") as later:
+            lock_for_reading(later.fileno(), str(path), force_share=True)
+
+
+def test_an_exclusive_lock_excludes_a_writer(path: Path) -> None:
+    with path.open("r+b") as writer, holding(path, [103], exclusive=True):
+        with pytest.raises(ImageLockedError, match=r"for itself \(byte 103, resize\)"):
+            lock_for_writing(writer.fileno(), str(path))
+        assert locked_bytes(path) == {103}
+
+
+@pytest.mark.parametrize("other", ["reader", "writer"])
+def test_of_a_writer_and_another_that_start_together_never_both_go_on(path: Path, other: str) -> None:
     rounds = 300
     barrier = threading.Barrier(2)
     went_on: list[list[str]] = [[] for _ in range(rounds)]
 
-    def work(name: str, use: Permission) -> None:
+    def work(name: str) -> None:
         for number in range(rounds):
             with path.open("r+b") as opened:
                 barrier.wait()
                 with suppress(ImageLockedError):
-                    lock(opened.fileno(), str(path), use=use, forbid=CHANGES)
+                    if name == "reader":
+                        lock_for_reading(opened.fileno(), str(path), force_share=False)
+                    else:
+                        lock_for_writing(opened.fileno(), str(path))
                     went_on[number].append(name)
                 barrier.wait()  # nobody lets go before both have tried
 
-    threads = [
-        threading.Thread(target=work, args=("reader", READER)),
-        threading.Thread(target=work, args=("writer", READER | CHANGES)),
-    ]
+    threads = [threading.Thread(target=work, args=(name,)) for name in (other, "writer")]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert ["reader", "writer"] not in [sorted(names) for names in went_on]
-    assert any(went_on)
+    assert max(map(len, went_on)) == 1
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS])
@@ -155,6 +190,12 @@ class TestFileSystemWithoutLocks:
         with pytest.raises(ImageLockedError, match="force-share") as caught:
             lock_for_reading(fd, str(path), force_share=False)
         assert os.strerror(number) in str(caught.value)
+
+    def test_a_writer_is_refused_without_a_way_out(self, path: Path, number: int) -> None:
+        with path.open("r+b") as writer, pytest.raises(ImageLockedError, match="nobody else uses the file") as caught:
+            lock_for_writing(writer.fileno(), str(path))
+        assert os.strerror(number) in str(caught.value)
+        assert "force-share" not in str(caught.value)
 
     def test_force_share_accepts_it(self, path: Path, fd: int) -> None:
         lock_for_reading(fd, str(path), force_share=True)

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from qcow2_plugin.adapters.cli import info, map, serve, text, vet
+from qcow2_plugin.adapters.cli import create, info, map, resize, serve, text, vet
 from qcow2_plugin.errors import Qcow2Error
 
 _FAILED = 1
@@ -20,6 +20,7 @@ _INTERRUPTED = 130
 _READER_GONE = 141
 _EXAMPLES = """\
 examples:
+  qcow2 create disk.qcow2 20G           a new, empty image
   qcow2 info disk.qcow2                 what the image says about itself
   qcow2 map --output=json disk.qcow2    where every byte comes from, as qemu-img tells it
   qcow2 serve disk.qcow2                serve it over NBD until Ctrl-C
@@ -66,12 +67,12 @@ class _Version(argparse.Action):
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="qcow2",
-        description="Look into qcow2 disk images and serve them, without QEMU. Images are only read, never changed.",
+        description="Make qcow2 disk images, look into them, resize and serve them, without QEMU.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action=_Version, help="print the version and end")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
-    for verb in (info, map, serve, vet):
+    for verb in (create, info, map, resize, serve, vet):
         verb.add_to(verbs)
     return parser

@@ -15,9 +15,11 @@ DEFAULT_ADDRESS = "127.0.0.1"
 _PASSED_ON = ("data_file", "backing_file", "backing_format", "base_directory", "snapshot", "bitmap", "cache_size")
 _PATHS = frozenset({"data_file", "backing_file", "base_directory"})
 _FLAGS = ("allow_damaged", "force_share")
+_FOR_READING = ("snapshot", "bitmap", *_FLAGS)
 _DESCRIPTION = """\
-Serve a qcow2 image over NBD, read-only, until Ctrl-C. The URI is printed, and what to type in another terminal.
-Clients also find every internal snapshot and dirty bitmap, as exports of their own ("snapshot=ID", "bitmap=NAME").
+Serve a qcow2 image over NBD until Ctrl-C, read-only unless --writable is given. The URI is printed, and what to type
+in another terminal. Clients also find every internal snapshot and dirty bitmap, as exports of their own
+("snapshot=ID", "bitmap=NAME"), which are always read-only.
 """
 _EXAMPLES = """\
 examples:
@@ -25,6 +27,7 @@ examples:
   qcow2 serve --socket=/run/disk.sock --snapshot=1 disk.qcow2
   qcow2 serve --port=10809 disk.qcow2
   qcow2 serve --run 'nbdcopy "$uri" disk.raw' disk.qcow2
+  qcow2 serve --writable --run 'nbdcopy disk.raw "$uri"' disk.qcow2
 """
 
 
@@ -36,6 +39,12 @@ def add_to(verbs: text.Verbs) -> None:
         description=_DESCRIPTION,
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "-w",
+        "--writable",
+        action="store_true",
+        help="let clients write to the disk; what they were told is written is stored when serving ends",
     )
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--socket", metavar="PATH", help="Unix socket to listen on (default: a new private one)")
@@ -66,8 +75,12 @@ def _run(arguments: argparse.Namespace) -> int:
 
     if arguments.address is not None and arguments.port is None:
         arguments.usage_error("--address goes with --port")
+    for name in _FOR_READING if arguments.writable else ():
+        if getattr(arguments, name):
+            arguments.usage_error(f"--{_key(name)} is for reading only, it does not go with --writable")
     return server.serve(
         _parameters(arguments),
+        writable=arguments.writable,
         socket=arguments.socket,
         port=arguments.port,
         address=arguments.address or DEFAULT_ADDRESS,
@@ -79,6 +92,7 @@ def _run(arguments: argparse.Namespace) -> int:
 def _parameters(arguments: argparse.Namespace) -> list[str]:
     """The plugin's part of nbdkit's command line."""
     parameters = [f"file={os.path.abspath(arguments.image)}", f"policy={arguments.policy}"]
+    parameters.append(f"readonly={'false' if arguments.writable else 'true'}")
     for name in _PASSED_ON:
         value = getattr(arguments, name)
         if value is not None:

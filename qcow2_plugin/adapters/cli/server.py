@@ -60,6 +60,7 @@ class _Children:
 def serve(
     parameters: Sequence[str],
     *,
+    writable: bool,
     socket: str | None,
     port: int | None,
     address: str,
@@ -68,6 +69,7 @@ def serve(
 ) -> int:
     """Serve what the plugin's `parameters` ("file=...") say until nbdkit ends, or the shell `command` if there is one.
 
+    Unless `writable`, nbdkit refuses every write, whatever the parameters say.
     Listens on a TCP `port` of `address`, or on the Unix socket at `socket`, by default a new private one that is
     removed at the end. Prints the URI and what to type next, unless there is a `command`, which finds the URI in $uri.
     The exit code is nbdkit's, or else the command's. nbdkit itself says on stderr why it does not start.
@@ -89,7 +91,8 @@ def serve(
         else:
             path = None
             listening, uri = [f"--ipaddr={address}", f"--port={port}"], _tcp_uri(address, port)
-        options = ["--foreground", "--exit-with-parent", "--readonly", f"--threads={threads}", *listening]
+        options = ["--foreground", "--exit-with-parent", f"--threads={threads}", *listening]
+        options += () if writable else ("--readonly",)
         server = children.start([nbdkit, *options, f"--pidfile={pid_file}", "python", _plugin_file(), *parameters])
         if not _listens(server, pid_file):
             if not _has_python_plugin(nbdkit):
