@@ -1,29 +1,40 @@
-"""qcow2 images without QEMU: read them, serve them through nbdkit, look into them.
+"""qcow2 images without QEMU: create, read and write them, serve them through nbdkit, look into them.
 
-    with open_image("disk.qcow2") as image:
+    with open_image("disk.qcow2", writable=True) as image:
         first_sector = image.pread(512, 0)
+        image.pwrite(first_sector, 4096)
+        image.flush()
         for extent in image.extents():
             ...
 
 The house, top floor first; imports point down only:
 
-    adapters      translation, no logic: `nbd` (nbdkit's verbs), `cli` (the `qcow2` command)
-    operations    verbs over whole images: `info`, `map`, `vet`
-    engine        one image: `chain` opens it with all that is below, `image` is the data path, `mapping` says where
-                  guest ranges live, `tables` keeps what was read of the L1 and L2 tables, `codec` decompresses,
-                  `layout` tells whether the file is all there, `snapshots`, `bitmaps` and `dirty` read the rest
-    storage       where bytes live: `file`, `locks`, and `opener`, the only way from a name to an open file
+    adapters      translation, no logic: `nbd` (connections), `exports` and `command_line` (nbdkit's), `cli` (the
+                  `qcow2` command)
+    operations    verbs over whole images: `create`, `resize`, `info`, `map`, `vet`
+    engine        one image. Reading: `chain` opens it with all that is below, `image` is the data path, `mapping` says
+                  where guest ranges live, `tables` keeps what was read of the L1 and L2 tables, `codec` decompresses,
+                  `layout` tells whether the file is all there; `snapshots`, `bitmaps` and `dirty` read the rest.
+                  Writing: `writable` is the data path, `placement` says where a write goes, `written_tables` and
+                  `allocator` hold tables and refcounts as they change, `writeback` brings them to disk in order,
+                  `requests` knows who is still moving data, `image_file` lets no write go where it does not belong.
+                  Around that: `metadata` finds every structure, `tracking` keeps dirty bitmaps true, `rebuild` makes
+                  refcounts from the tables, `resizing` changes the size of the disk
+    storage       where bytes live: `file`, `space`, `locks`, `directory`, and `opener`, the only way from a name to an
+                  open file
     format        bytes <-> values, pure: `header`, `geometry`, `entries`, `refcounts`, `snapshots`, `bitmaps`, ...
     extent, errors    the words that all of them share
 
-A guest read goes down one call at a time, and data moves straight into the caller's buffer:
+A guest request goes down one call at a time, and data moves straight from or to the caller's buffer:
 
-    adapter -> Image.read_into -> Mapping.resolve -> [Extent, ...] -> storage | codec | backing disk
+    read    adapter -> Image.read_into  -> Mapping.resolve       -> [Extent, ...] -> storage | codec | backing disk
+    write   adapter -> Image.write_from -> WrittenMapping.place  -> Placement     -> storage -> commit, or abandon
+    flush   adapter -> Image.flush      -> WriteBack.run: data, refcounts > barrier > L2, L1 > barrier > reclaim
 
-A read is planned under the image's lock and moved without it; most reads need neither (see "the lane" in
-`engine.tables`). Long ranges are walked by `Image.extents`, one L2 table at a time, lazily. Nothing that an image says
-makes a file open unless the `Policy` allows it, and nothing is allocated because of a number in a file before the
-number was held against its limit.
+A request is planned under the image's lock and moved without it; most requests need no lock at all (see "the lane" in
+`engine.tables`, "the write lane" in `engine.written_tables`). Long ranges are walked by `Image.extents`, one L2 table
+at a time, lazily. Nothing that an image says makes a file open unless the `Policy` allows it, and nothing is allocated
+because of a number in a file before the number was held against its limit.
 """
 
 from importlib import import_module

@@ -468,6 +468,8 @@ class Allocator:
     def written(self) -> None:
         """What `take_writes` gave out is on disk."""
         self._being_written = set()
+        while len(self._blocks) > self._max_blocks and self._forget_one():
+            pass
 
     def _place(self, slot: int) -> int:
         """Host offset of the block of a slot, 0 if it has none."""
@@ -492,12 +494,13 @@ class Allocator:
             self._blocks[slot] = block
         return block
 
-    def _forget_one(self) -> None:
-        """Drop the oldest block that is as it is on disk."""
+    def _forget_one(self) -> bool:
+        """Drop the oldest block that is as it is on disk; False if none is."""
         for slot in self._blocks:
             if slot not in self._dirty and slot not in self._new and slot not in self._being_written:
                 del self._blocks[slot]
-                return
+                return True
+        return False
 
 
 def _first_zeros(refcounts: Refcounts, start: int) -> tuple[int, int] | None:

@@ -263,7 +263,7 @@ class WrittenMapping(Mapping):
                 pieces.append(Piece(start, end, host_offset, head, tail, is_clean))
 
     def _fill(self, start: int, end: int, target: _Target, is_clean: bool) -> Fill:
-        """What is to be filled in from guest `start` to `end`: no zeros where there are some already, and in a data file
+        """What is to be filled in from guest `start` to `end`: no zeros where there are some, and in a data file
         nothing behind the end of the disk."""
         if start == end or (is_clean and target.shows_zeros):
             return NO_FILL

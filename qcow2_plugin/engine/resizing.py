@@ -122,7 +122,13 @@ def _lengthen_l1(image: WritableImage, new_size: int) -> None:
 
 
 def _preallocate(image: WritableImage, start: int, end: int, preallocation: str) -> None:
-    """Give every cluster from guest `start` to `end` a place."""
+    """Give every cluster from guest `start` to `end` a place. The one that `start` is inside of has more to keep, so it
+    gets its place by a write."""
+    cluster_end = min(end, -(-start // image.cluster_size) * image.cluster_size)
+    while start < cluster_end:
+        part_end = min(cluster_end, start + len(_ZEROS))
+        image.write_from(_ZEROS[: part_end - start], start)
+        start = part_end
     while start < end:
         part_end = min(end, (start | image.written.slice_coverage - 1) + 1)
         image.put(start, part_end, lambda piece: _reserve(image, piece, preallocation))
@@ -131,7 +137,7 @@ def _preallocate(image: WritableImage, start: int, end: int, preallocation: str)
 
 def _reserve(image: WritableImage, piece: Piece, preallocation: str) -> None:
     """Make the place of `piece` read as zeros, with as much disk space as wanted, and lie inside its file."""
-    length = piece.end - piece.start
+    length = piece.end - piece.start + piece.tail.length
     if preallocation == "full":
         for offset in range(0, length, len(_ZEROS)):
             image.data.write_from(_ZEROS[: min(len(_ZEROS), length - offset)], piece.host_offset + offset)

@@ -124,7 +124,7 @@ class NewFiles:
 
     def make(self, path: Path, role: str) -> NewFile:
         """A file that does not exist yet. Raises what `create_given` does, FileExistsError among it."""
-        return self._keep(create_given(path).storage, path, role, is_new=True, is_kept=False)
+        return self._keep(create_given(path), path, role, is_new=True, is_kept=False)
 
     def make_or_open(self, path: Path, role: str) -> NewFile:
         """The file of this name, new if there is none. Raises as `open` does."""

@@ -3,7 +3,7 @@
 Owns the only places of the package where a name becomes an open file:
 
 * `open_given` opens what the caller names: whoever starts the program may read what the system lets them read.
-* `create_given` makes a file where the caller says, or empties the one that is there.
+* `create_given` makes a file where the caller says.
 * `open_reference` opens what an *image* names as its backing or data file. The header of an image is a list of file
   names that a stranger may have chosen, and following such a name discloses that file to whoever reads the disk.
   What may be followed is the `Policy`; there is no other way in.
@@ -35,7 +35,6 @@ import struct
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
 
 from qcow2_plugin.errors import MissingReferenceError, NotQcow2Error, ReferenceDeniedError, printable
 from qcow2_plugin.storage.file import FileStorage
@@ -81,13 +80,6 @@ class Policy(enum.Enum):
     """Wherever the name leads: absolute, through `..` or symlinks, to block devices. For images of one's own making."""
 
 
-class CreatedFile(NamedTuple):
-    """What `create_given` leaves to its caller: an open file, and whether it was not there before."""
-
-    storage: FileStorage
-    is_new: bool
-
-
 def open_given(
     path: str | os.PathLike[str], *, writable: bool = False, force_share: bool = False, vet: Vet | None = None
 ) -> FileStorage:
@@ -103,36 +95,18 @@ def open_given(
         return _open_pinned(pinned, given, vet, writable=writable, force_share=force_share)
 
 
-def create_given(path: str | os.PathLike[str], *, overwrite: bool = False) -> CreatedFile:
+def create_given(path: str | os.PathLike[str]) -> FileStorage:
     """Make an empty file that the caller names, open for reading and writing and locked for that.
 
-    Where something of that name is already, if only a dangling symlink, nothing happens unless `overwrite`. Then a
-    regular file, or the one that a symlink leads to, is locked first and emptied only after that; a block device is
-    locked and keeps its size and contents. A caller who fails later closes the file and removes it by its name if, and
-    only if, it `is_new`. The name is durable when the directory is.
+    Where something of that name is already, if only a dangling symlink, nothing happens. The name is durable when the
+    directory is.
 
-    Raises: FileExistsError and other OSError with the path; NotQcow2Error if what exists is neither a regular file nor
-    a block device; ImageLockedError if others use the file, which is then as it was, or if its file system has no locks
-    (a new file stays, and is empty).
+    Raises: FileExistsError and other OSError with the path; ImageLockedError if somebody was quicker to lock the new
+    file, or its file system has no locks (it stays then, and is empty).
     """
     given = os.fspath(path)
-    try:
-        fd = os.open(given, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-    except FileExistsError:
-        if not overwrite:
-            raise
-    else:
-        return CreatedFile(_locked(fd, given, writable=True), is_new=True)
-    with _pinned_file(given) as pinned:
-        storage = _open_pinned(pinned, given, writable=True)
-        try:
-            if stat.S_ISREG(os.fstat(pinned).st_mode):
-                storage.truncate(0)
-        except OSError as error:
-            storage.close()
-            error.filename = given
-            raise
-        return CreatedFile(storage, is_new=False)
+    fd = os.open(given, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    return _locked(fd, given, writable=True)
 
 
 def open_reference(

@@ -89,19 +89,14 @@ def named_way(images: Path) -> FileStorage:
     return named(images, b"base")
 
 
-def creating_way(images: Path) -> FileStorage:
-    return create_given(images / "base", overwrite=True).storage
-
-
-OPENING = [given_way, named_way]
-WAYS = [given_way, named_way, creating_way]
+WAYS = [given_way, named_way]
 Way = Callable[[Path], FileStorage]
 
 
 # Opening.
 
 
-@pytest.mark.parametrize("way", OPENING)
+@pytest.mark.parametrize("way", WAYS)
 def test_it_is_opened_read_write_locked_blocking_and_not_inherited(images: Path, way: Way) -> None:
     with harmless(images / "base"):
         before = open_descriptors()
@@ -115,7 +110,7 @@ def test_it_is_opened_read_write_locked_blocking_and_not_inherited(images: Path,
         storage.close()
 
 
-@pytest.mark.parametrize("way", OPENING)
+@pytest.mark.parametrize("way", WAYS)
 def test_what_is_written_is_in_the_file(images: Path, way: Way) -> None:
     storage = way(images)
     storage.write_from(b"new", 3)
@@ -247,27 +242,16 @@ def make_socket(path: Path) -> None:
     os.mknod(path, stat.S_IFSOCK | 0o600)
 
 
-def open_to_write(path: Path) -> FileStorage:
-    return open_given(path, writable=True)
-
-
-def open_overwriting(path: Path) -> FileStorage:
-    return create_given(path, overwrite=True).storage
-
-
-@pytest.mark.parametrize("open_it", [open_to_write, open_overwriting])
 @pytest.mark.parametrize(
     ("make", "kind"), [(os.mkfifo, "a FIFO"), (make_socket, "a socket"), (os.mkdir, "a directory")]
 )
-def test_something_odd_is_refused_unopened(
-    images: Path, make: Callable[[Path], None], kind: str, open_it: Callable[[Path], FileStorage]
-) -> None:
+def test_something_odd_is_refused_unopened(images: Path, make: Callable[[Path], None], kind: str) -> None:
     make(images / "odd")
     (images / "link").symlink_to("odd")
     for name in ("odd", "link"):
         with no_descriptor_left(), Opens(images / "odd") as opens:
             with pytest.raises(NotQcow2Error, match=f"{kind}, neither"):
-                open_it(images / name)
+                open_given(images / name, writable=True)
             assert not opens.seen()
 
 
@@ -276,8 +260,6 @@ def test_a_character_device_is_refused(device: str) -> None:
     with no_descriptor_left():
         with pytest.raises(NotQcow2Error, match="a character device"):
             open_given(device, writable=True)
-        with pytest.raises(NotQcow2Error, match="a character device"):
-            create_given(device, overwrite=True)
         with pytest.raises(ReferenceDeniedError, match="a character device"):
             named(Path("/dev"), os.fsencode(device)[5:], Policy.TRUSTED)
 
@@ -291,8 +273,7 @@ def test_a_block_device_is_written_where_the_caller_names_it(images: Path) -> No
         with pytest.raises(ReferenceDeniedError, match="a block device"):
             named(Path("/dev"), os.fsencode(os.path.basename(device)))
         for path in (device, images / "link"):
-            storage, is_new = create_given(path, overwrite=True)
-            assert not is_new
+            storage = open_given(path, writable=True)
             assert storage.size() == 65536
             assert storage.pread(6, 0) == b"inside"
             storage.write_from(b"new", 0)
@@ -315,29 +296,22 @@ def test_a_new_file_is_empty_locked_and_new(images: Path) -> None:
     path = images / "new"
     before = os.umask(0o027)
     try:
-        storage, is_new = create_given(path)
+        storage = create_given(path)
     finally:
         os.umask(before)
-    assert is_new
     assert stat.S_IMODE(path.stat().st_mode) == 0o640
     assert (storage.path, storage.size()) == (str(path), 0)
     assert locked_bytes(path) == set(QEMU_WRITER)
     storage.write_from(b"image", 0)
     assert storage.pread(5, 0) == b"image"
     with pytest.raises(ImageLockedError):
-        create_given(path, overwrite=True)
+        open_given(path, writable=True)
     assert path.read_bytes() == b"image"
     storage.close()
     assert locked_bytes(path) == set()
 
 
-def test_overwrite_makes_a_new_file_too(images: Path) -> None:
-    storage, is_new = create_given(images / "new", overwrite=True)
-    assert is_new
-    storage.close()
-
-
-def test_without_overwrite_nothing_that_exists_is_even_opened(images: Path) -> None:
+def test_nothing_that_exists_is_even_opened(images: Path) -> None:
     base = images / "base"
     (images / "link").symlink_to("base")
     for name in ("base", "link", "sub"):
@@ -348,47 +322,18 @@ def test_without_overwrite_nothing_that_exists_is_even_opened(images: Path) -> N
         assert caught.value.filename == str(images / name)
 
 
-@pytest.mark.parametrize("name", ["base", "link", "hard link"])
-def test_overwrite_empties_the_file_that_is_there(images: Path, name: str) -> None:
-    base = images / "base"
-    (images / "link").symlink_to("base")
-    os.link(base, images / "hard link")
-    base.chmod(0o600)
-    before = base.stat()
-    with no_descriptor_left():
-        storage, is_new = create_given(images / name, overwrite=True)
-        assert not is_new
-        assert storage.size() == 0
-        assert storage.identity == (before.st_dev, before.st_ino)
-        storage.close()
-    assert base.read_bytes() == b""
-    assert base.stat().st_mode == before.st_mode
-
-
-@pytest.mark.parametrize(("overwrite", "error"), [(False, FileExistsError), (True, FileNotFoundError)])
-def test_nothing_is_created_through_a_symlink(images: Path, overwrite: bool, error: type[OSError]) -> None:
+def test_nothing_is_created_through_a_symlink(images: Path) -> None:
     (images / "link").symlink_to("../outside/new")
-    with no_descriptor_left(), pytest.raises(error) as caught:
-        create_given(images / "link", overwrite=overwrite)
+    with no_descriptor_left(), pytest.raises(FileExistsError) as caught:
+        create_given(images / "link")
     assert caught.value.filename == str(images / "link")
     assert not (images.parent / "outside" / "new").exists()
 
 
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_a_missing_directory_is_the_systems_error(images: Path, overwrite: bool) -> None:
+def test_a_missing_directory_is_the_systems_error(images: Path) -> None:
     with no_descriptor_left(), pytest.raises(FileNotFoundError) as caught:
-        create_given(images / "missing" / "new", overwrite=overwrite)
+        create_given(images / "missing" / "new")
     assert caught.value.filename == str(images / "missing" / "new")
-
-
-def test_a_file_that_cannot_be_emptied_is_the_systems_error(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(fd: int, size: int) -> None:
-        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
-
-    monkeypatch.setattr(os, "ftruncate", refuse)
-    with harmless(images / "base"), pytest.raises(PermissionError) as caught:
-        create_given(images / "base", overwrite=True)
-    assert caught.value.filename == str(images / "base")
 
 
 # Whole images.
