@@ -9,7 +9,8 @@ import enum
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple, Protocol
 
-_ZEROS = memoryview(bytes(65536))
+ZEROS = memoryview(bytes(1 << 20))
+"""To be read from, never written to."""
 
 
 class ExtentKind(enum.Enum):
@@ -103,8 +104,6 @@ def continues(first: Extent, second: Extent) -> bool:
 def clear(view: memoryview) -> None:
     """Fill `view` (bytes, format "B") with zeros, without allocating as much."""
     length = len(view)
-    if length <= len(_ZEROS):
-        view[:] = _ZEROS[:length]
-        return
-    for start in range(0, length, len(_ZEROS)):
-        clear(view[start : start + len(_ZEROS)])
+    for start in range(0, length, len(ZEROS)):
+        part = view[start : start + len(ZEROS)]
+        part[:] = ZEROS[: len(part)]

@@ -29,6 +29,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -45,6 +46,8 @@ Refcounts = npt.NDArray[Any]
 
 _BLOCK_CACHE_SIZE = 8 << 20
 """Bytes of refcounts, as in memory, that are kept unless they changed."""
+_MAX_RETIRED = 1 << 20
+"""Clusters that may wait for a write-back."""
 _SCAN = 4096
 """Refcounts looked at together for a free one."""
 
@@ -322,34 +325,42 @@ class Allocator:
         self._retired[:0] = retired
         self.retired_count += sum(len(each.clusters) for each in retired)
 
-    def reclaim(self, retired: Iterable[Retired]) -> None:
+    def reclaim(self, retired: Retired) -> None:
         """Lower the refcounts of what nothing on disk points to and no request uses any more.
 
-        Raises CorruptImageError if a refcount was 0 already; OSError.
+        Raises CorruptImageError if a refcount was 0 already; TruncatedImageError, OSError; then nothing has changed.
         """
-        for clusters, punch in retired:
-            free = self._lower(clusters)
-            if punch:
-                for first, count in _runs(free):
-                    self._file.storage.punch(first << self._cluster_bits, count << self._cluster_bits)
+        free = self._lower(retired.clusters)
+        if not retired.punch:
+            return
+        with suppress(OSError):  # disk space that stays taken is no harm
+            for first, count in _runs(free):
+                self._file.storage.punch(first << self._cluster_bits, count << self._cluster_bits)
 
     def _lower(self, clusters: Clusters) -> Clusters:
         """Take one from the refcount of each; those that are free now."""
         distinct, losses = np.unique(clusters, return_counts=True)
-        free: list[Clusters] = []
+        lowered: list[tuple[int, Refcounts, Clusters, Refcounts]] = []
         for slot, start, stop in _by_slot(distinct, self._per_block):
+            if not self._place(slot):
+                raise self._file.corrupt(
+                    "refcount table", f"lacks the block for used cluster {int(distinct[start]):#x}"
+                )
             block = self._block(slot)
             indexes = distinct[start:stop] - slot * self._per_block
             if (block[indexes].astype(np.uint64) < losses[start:stop].astype(np.uint64)).any():
                 raise self._file.corrupt("refcount block", "counts fewer references than there were", self._place(slot))
-            block[indexes] -= losses[start:stop].astype(self._dtype)
+            lowered.append((slot, block, indexes, block[indexes] - losses[start:stop].astype(self._dtype)))
+        for slot, block, indexes, refcounts in lowered:
+            block[indexes] = refcounts
+            self._blocks[slot] = block
             self._dirty.add(slot)
-            free.append(distinct[start:stop][block[indexes] == 0])
-        freed: Clusters = np.concatenate(free) if free else distinct
-        if freed.size and int(freed[0]) < self._hint:
-            self._hint = int(freed[0])
+        freed = [slot * self._per_block + indexes[refcounts == 0] for slot, _, indexes, refcounts in lowered]
+        free: Clusters = np.concatenate(freed) if freed else distinct
+        if free.size and int(free[0]) < self._hint:
+            self._hint = int(free[0])
             self._next = self._end = 0
-        return freed
+        return free
 
     # -- looking --
 
@@ -362,7 +373,8 @@ class Allocator:
 
     def refcounts_of(self, clusters: Clusters) -> npt.NDArray[np.uint64]:
         """The refcounts of many clusters. Raises TruncatedImageError, OSError."""
-        order = np.argsort(clusters, kind="stable")
+        is_ascending = (clusters[1:] >= clusters[:-1]).all()
+        order = np.arange(len(clusters)) if is_ascending else np.argsort(clusters, kind="stable")
         ascending = clusters[order]
         found = np.zeros(len(clusters), dtype=np.uint64)
         for slot, start, stop in _by_slot(ascending, self._per_block):
@@ -414,10 +426,15 @@ class Allocator:
             raise self._file.corrupt("refcount table", "lacks a block and there is no room for one")
         self._place_block(slot, slot * self._per_block + int(free[0]))
 
-    def block_places(self) -> Clusters:
-        """The clusters of all refcount blocks."""
-        clusters: Clusters = (self._table[self._table != 0] >> np.uint64(self._cluster_bits)).astype(np.int64)
-        return clusters
+    @property
+    def clean_from(self) -> int:
+        """Host offset behind everything that was ever part of the file."""
+        return self._clean_from
+
+    @property
+    def is_full(self) -> bool:
+        """So much waits for a write-back that one should run before more is changed."""
+        return self.retired_count > _MAX_RETIRED or len(self._blocks) > 2 * self._max_blocks
 
     @property
     def per_block(self) -> int:

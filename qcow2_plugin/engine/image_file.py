@@ -1,7 +1,7 @@
 """The image file as a writer sees it: every write says what it is, and goes nowhere else.
 
-**The firewall.** `MetadataMap` knows which clusters hold which structure: those the header names, the active L2 tables,
-the refcount blocks, the L1 tables of snapshots, the bitmaps. A write of a structure must lie inside clusters of that
+**The firewall.** `MetadataMap` knows which clusters hold which structure: those the header names, the refcount blocks,
+the L2 tables, the tables of snapshots, the bitmaps. A write of a structure must lie inside clusters of that
 structure, and no cluster of the map is ever handed out or written as guest data. Whatever refcounts an image claims,
 its tables cannot be overwritten through it. A violation marks the image corrupt.
 
@@ -83,6 +83,10 @@ class MetadataMap:
         clusters, owners = self._settled
         place = _place_of(cluster, clusters)
         return 0 if place is None else int(owners[place])
+
+    def is_of_snapshot(self, cluster: int) -> bool:
+        """True if an L2 table of a snapshot is in this cluster, whoever else refers to it."""
+        return _place_of(cluster, self._kept) is not None
 
     def first_in(self, first: int, count: int) -> int | None:
         """The first cluster of a run that holds a structure, None if none does."""

@@ -2,7 +2,8 @@
 
 `structures` walks the image from the header: tables, refcount blocks, L1 tables of snapshots, bitmaps. `read_metadata`
 makes the map of it that guards every write, and refuses an image that has no such map: one in which two structures
-share a cluster, or in which one is not where it can be. What L2 tables say is not looked at.
+share a cluster, or in which one is not where it can be, or in which the active disk calls an L2 table its own that is
+named twice. What L2 tables say is not looked at.
 
 Memory: 8 bytes for each cluster that holds a structure, several times over while the map is made.
 
@@ -64,6 +65,8 @@ def read_metadata(storage: Storage, header: Header) -> MetadataMap:
     parts.append((Structure.L2_TABLE, active))
     parts.append((Structure.SNAPSHOT_L2_TABLE, np.setdiff1d(kept, active, assume_unique=True)))
     _require_apart(parts, storage, header)
+    if not header.dirty:  # of such an image the flags are put right before they are believed
+        _require_own(kept, storage, header)
     return MetadataMap(parts, kept)
 
 
@@ -215,6 +218,24 @@ def _require_apart(parts: list[tuple[Structure, Clusters]], storage: Storage, he
     host_offset = int(clusters[order[int(twice[0])]]) << header.cluster_bits
     detail = f"overlaps the {second.title}" if first is not second else f"overlaps another {second.title}"
     raise CorruptImageError(first.title, detail, host_offset=host_offset, file=storage.path)
+
+
+def _require_own(snapshot_tables: Clusters, storage: Storage, header: Header) -> None:
+    """Raises CorruptImageError if an L2 table is written in place by the active disk (COPIED) and named elsewhere."""
+    entries = _read_words(storage, "L1 table", header.l1_table_offset, header.l1_size)
+    clusters = ((entries & np.uint64(OFFSET_MASK)) >> np.uint64(header.cluster_bits)).astype(np.int64)
+    named, counts = np.unique(clusters[clusters != 0], return_counts=True)
+    shared = np.union1d(named[counts > 1], snapshot_tables)
+    wrong = np.flatnonzero(((entries & np.uint64(COPIED)) != 0) & np.isin(clusters, shared))
+    if wrong.size:
+        index = int(wrong[0])
+        raise CorruptImageError(
+            "L1 table",
+            f"entry {index} is {int(entries[index]):#x}, but that L2 table is named elsewhere too; repair the image "
+            "with 'qemu-img check -r all'",
+            host_offset=header.l1_table_offset,
+            file=storage.path,
+        )
 
 
 def _read_words(storage: Storage, structure: str, host_offset: int, count: int) -> Words:

@@ -140,6 +140,11 @@ class WrittenMapping(Mapping):
         self._source = self.tables.source
 
     @property
+    def virtual_size(self) -> int:
+        """Of the disk as the tables know it; a resize may be about to show it."""
+        return self._source.virtual_size
+
+    @property
     def slice_coverage(self) -> int:
         """Guest bytes below one slice."""
         return 1 << self.tables.slice_bits
@@ -180,7 +185,7 @@ class WrittenMapping(Mapping):
         if not entry and not self._geometry.extended_l2:
             return _Target(index, start, end, None, base, cluster_end, 0, True, self._backing is None)
         kind = self._valid_kind(entry, bitmap, entry_offset, base)
-        host_offset = self._own_cluster(entry, entry_offset, kind)
+        host_offset = self._own_cluster(entry, entry_offset, kind) if self.tables.is_own(base) else None
         if self._geometry.extended_l2:
             return self._extended_target(start, end, host_offset, entry, bitmap)
         if host_offset is not None and kind == ClusterKind.NORMAL:
@@ -370,7 +375,7 @@ class WrittenMapping(Mapping):
         """
         key = start >> self.tables.slice_bits
         within = self._geometry.cluster_size - 1
-        if start & within or (end & within and end != self._source.virtual_size):
+        if self._geometry.extended_l2 and (start & within or (end & within and end != self._source.virtual_size)):
             return self._plan_clear_part(key, start, end)
         found = self.tables.slice_at(key)
         first = (start >> self._geometry.cluster_bits) - key * self.tables.slice_entries
@@ -452,11 +457,11 @@ class WrittenMapping(Mapping):
         """
         found = self.tables.own(clear.key)
         self._allocator.retire(clear.freed, punch=punch)
+        self.tables.changed(clear.key, found)
         step = self._geometry.l2_entry_size // 8
+        self.tables.leave_lanes(found, clear.index, clear.index + len(clear.words) // step)
         words = np.frombuffer(found.words, dtype=np.uint64)
         words[clear.index * step : clear.index * step + len(clear.words)] = clear.words
-        self.tables.leave_lanes(found, clear.index, clear.index + len(clear.words) // step)
-        self.tables.changed(clear.key, found)
 
     def next_mapped(self, start: int, end: int) -> int:
         """`start` if there is an L2 table for it, else the first guest byte behind it, up to `end`, that has one."""

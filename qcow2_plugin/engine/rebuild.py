@@ -25,7 +25,7 @@ from qcow2_plugin.engine.allocator import Allocator
 from qcow2_plugin.engine.header import read_structure
 from qcow2_plugin.engine.image_file import Clusters, ImageFile, Structure
 from qcow2_plugin.engine.metadata import l2_tables, structures
-from qcow2_plugin.engine.writeback import write_refcounts
+from qcow2_plugin.engine.writeback import write_refcounts_now
 from qcow2_plugin.errors import CorruptImageError, TruncatedImageError, UnsupportedFeatureError
 from qcow2_plugin.format.entries import COMPRESSED, COPIED, OFFSET_MASK, Entries, compressed_locations
 from qcow2_plugin.format.header import INCOMPATIBLE_DIRTY, Header
@@ -159,20 +159,9 @@ def _set_refcounts(file: ImageFile, allocator: Allocator, references: References
         refcounts = references[slot * per_block : (slot + 1) * per_block].astype(np.uint64)
         changed_count += allocator.set_refcounts(slot, refcounts)
         if changed_count == _BLOCKS_AT_ONCE:
-            _write_refcounts(file, allocator)
+            write_refcounts_now(file, allocator)
             changed_count = 0
-    if changed_count:
-        _write_refcounts(file, allocator)
-
-
-def _write_refcounts(file: ImageFile, allocator: Allocator) -> None:
-    writes = allocator.take_writes()
-    try:
-        write_refcounts(file, writes)
-    except BaseException:
-        allocator.put_back(writes)
-        raise
-    allocator.written()
+    write_refcounts_now(file, allocator)  # among them, what an attempt before could not write
 
 
 def _correct_flags(file: ImageFile, references: References) -> None:

@@ -4,58 +4,60 @@ The size on disk is one field of the header and changes in one write, after ever
 durable, and before anything that the old size showed is cut off. All that a crash in between leaves is an L1 table that
 is longer than needed, clusters prepared behind the end of the disk, or a tail that was given up already.
 
-**Growing.** A longer L1 table is written next to the old one, and the header switched to it in one write. The disk
-grows in memory first, so that what the guest must not see is written over by the ordinary write path: what is behind
-the old end in its last cluster, and what a longer backing file has there. Then come the data file's length,
-preallocation, and last the header's size.
+**Growing.** A longer L1 table is written next to the old one, and the header switched to it in one write. Then the
+tables know the new size and the guest does not, while what must not be seen there is written over: what is behind the
+old end in its last cluster, and what a longer backing file has. Then come the data file's length, preallocation, the
+bitmaps, the header's size, and the guest may see it.
 
-**Shrinking.** What is cut off is forgotten, durably, then L2 tables without any use go, then the size, and only then
-the files are cut.
+**Shrinking.** First nobody reaches what will be cut off any more. It is forgotten, durably, L2 tables without any use
+go, bitmaps follow, then the size changes, and only then the files are cut.
 
-**Lock.** `resize` takes the image's itself. It claims the whole disk where tables move: no other change and no request
-in flight goes on meanwhile.
+Reads and writes through the lanes go on meanwhile; whoever calls `resize` is alone among changes (see `requests`).
+
+**Lock.** Where tables move, the turn of write-backs and the image's lock are taken here.
 
 Source: docs/interop/qcow2.rst, "Header", "Cluster mapping".
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import errno
 from typing import TYPE_CHECKING
 
 from qcow2_plugin.engine.image_file import Structure
 from qcow2_plugin.engine.placement import Clearing, Piece
 from qcow2_plugin.errors import ResizeError
+from qcow2_plugin.extent import ZEROS
 from qcow2_plugin.format.geometry import MAX_HOST_OFFSET, MAX_L1_ENTRIES, SECTOR_SIZE
 
 if TYPE_CHECKING:
     from qcow2_plugin.engine.writable import WritableImage
 
 PREALLOCATIONS = ("off", "metadata", "falloc", "full")
-_WHOLE_DISK = 1 << 62
-_ZEROS = memoryview(bytes(1 << 20))
 
 
 def resize(image: WritableImage, virtual_size: int, *, allow_shrink: bool, preallocation: str) -> None:
-    """See `Image.resize`. Raises ResizeError before anything changes; what `Image.write_from` raises."""
+    """See `Image.resize`; the caller is alone. Raises ResizeError before anything changes; what `Image.write_from`
+    raises."""
     new_size = -(-virtual_size // SECTOR_SIZE) * SECTOR_SIZE
     _require_possible(image, new_size, preallocation)
-    with image.changing():
-        image.get_ready()
+    if new_size < image.virtual_size and not allow_shrink:
+        raise ResizeError(
+            f"shrinking the disk from {image.virtual_size} to {new_size} bytes loses what is behind; say that it may "
+            "shrink (option shrink) if that is meant",
+            file=image.layer.storage.path,
+        )
+    if new_size == image.virtual_size:
+        return
+    with image.locked():
         image.tracker.require_resizable(new_size)
-    if new_size > image.virtual_size:
-        if image.header.data_file_raw and preallocation == "off":
-            preallocation = "metadata"  # or the data file would say more than the tables
-        _grow(image, new_size, preallocation)
-    elif new_size < image.virtual_size:
-        if not allow_shrink:
-            raise ResizeError(
-                f"shrinking the disk from {image.virtual_size} to {new_size} bytes loses what is behind; say that it "
-                "may shrink (option shrink) if that is meant",
-                file=image.layer.storage.path,
-            )
+        image.get_ready()
+    if new_size < image.virtual_size:
         _shrink(image, new_size)
+        return
+    if image.header.data_file_raw and preallocation == "off":
+        preallocation = "metadata"  # or the data file would say more than the tables
+    _grow(image, new_size, preallocation)
 
 
 def _require_possible(image: WritableImage, new_size: int, preallocation: str) -> None:
@@ -77,27 +79,28 @@ def _require_possible(image: WritableImage, new_size: int, preallocation: str) -
 
 def _grow(image: WritableImage, new_size: int, preallocation: str) -> None:
     old_size = image.virtual_size
-    with _standstill(image):
+    with image.write_back.turn, image.locked():
         _lengthen_l1(image, new_size)
-        _show_size(image, new_size)
+        _tell_tables(image, new_size)
     try:
         cluster_end = -(-old_size // image.cluster_size) * image.cluster_size
         image.clear_clusters(min(cluster_end, new_size), new_size, Clearing.DROP)
         backing_size = 0 if image.layer.backing is None else image.layer.backing.virtual_size
-        image.write_zeroes(old_size, min(new_size, max(cluster_end, backing_size)) - old_size)
+        image.zero(old_size, min(new_size, max(cluster_end, backing_size)), Clearing.FREE)
         if image.header.has_data_file:
             image.data.write_zeroes(old_size, new_size - old_size, may_punch=True)  # it may be longer than the disk
             image.data.truncate(max(new_size, image.data.size()))
         if preallocation != "off":
             _preallocate(image, old_size, new_size, preallocation)
         image.flush()
-        with _standstill(image):
+        with image.write_back.turn, image.locked():
             image.tracker.resize(new_size, image.allocator)
             image.file.update_header(size=new_size)
             image.file.barrier()
+            image.virtual_size = new_size
     except BaseException:
-        with _standstill(image):
-            _show_size(image, old_size)
+        with image.locked():
+            _tell_tables(image, image.virtual_size)
         raise
 
 
@@ -126,12 +129,14 @@ def _preallocate(image: WritableImage, start: int, end: int, preallocation: str)
     gets its place by a write."""
     cluster_end = min(end, -(-start // image.cluster_size) * image.cluster_size)
     while start < cluster_end:
-        part_end = min(cluster_end, start + len(_ZEROS))
-        image.write_from(_ZEROS[: part_end - start], start)
+        part_end = min(cluster_end, start + len(ZEROS))
+        image.write_inside(ZEROS[: part_end - start], start)
         start = part_end
     while start < end:
+        image.make_room()
         part_end = min(end, (start | image.written.slice_coverage - 1) + 1)
-        image.put(start, part_end, lambda piece: _reserve(image, piece, preallocation))
+        with image.requests.moving():
+            image.put(start, part_end, lambda piece: _reserve(image, piece, preallocation))
         start = part_end
 
 
@@ -139,8 +144,8 @@ def _reserve(image: WritableImage, piece: Piece, preallocation: str) -> None:
     """Make the place of `piece` read as zeros, with as much disk space as wanted, and lie inside its file."""
     length = piece.end - piece.start + piece.tail.length
     if preallocation == "full":
-        for offset in range(0, length, len(_ZEROS)):
-            image.data.write_from(_ZEROS[: min(len(_ZEROS), length - offset)], piece.host_offset + offset)
+        for offset in range(0, length, len(ZEROS)):
+            image.data.write_from(ZEROS[: min(len(ZEROS), length - offset)], piece.host_offset + offset)
         return
     if not piece.is_clean:
         image.data.write_zeroes(piece.host_offset, length, may_punch=preallocation == "metadata")
@@ -151,43 +156,58 @@ def _reserve(image: WritableImage, piece: Piece, preallocation: str) -> None:
 
 
 def _shrink(image: WritableImage, new_size: int) -> None:
+    old_size = image.virtual_size
     geometry = image.header.geometry
-    used_tables = geometry.l1_entries_for(image.virtual_size)
-    with _standstill(image):
-        image.tracker.resize(new_size, image.allocator)
-    cut = -(-new_size // image.cluster_size) * image.cluster_size
-    image.clear_clusters(cut, used_tables * geometry.l2_coverage, Clearing.DROP)
-    image.flush()
-    with _standstill(image):
-        for index in range(geometry.l1_entries_for(new_size), used_tables):
-            image.tables.drop_table(index)
-        image.write_back.run_alone()
-        image.file.update_header(size=new_size)
-        image.file.barrier()
-        _show_size(image, new_size)
-        image.write_back.run_alone()  # now with the refcounts that fell
+    used_tables = geometry.l1_entries_for(old_size)
+    with image.write_back.turn, image.locked():
+        image.write_back.run_alone()  # so that no slice of tables is kept that knows the old size
+        image.virtual_size = new_size
+        _tell_tables(image, new_size)
+        image.requests.drain()
+    try:
+        cut = -(-new_size // image.cluster_size) * image.cluster_size
+        image.clear_clusters(cut, used_tables * geometry.l2_coverage, Clearing.DROP)
+        image.flush()
+        with image.write_back.turn, image.locked():
+            _drop_tables(image, geometry.l1_entries_for(new_size), used_tables)
+            image.tracker.resize(new_size, image.allocator)
+            image.write_back.run_alone()
+            image.file.update_header(size=new_size)
+            image.file.barrier()
+            image.write_back.run_alone()  # now with the refcounts that fell
+    except BaseException:
+        with image.locked():
+            image.virtual_size = image.header.virtual_size
+            _tell_tables(image, image.virtual_size)
+        raise
+    _cut_files(image)
+
+
+def _drop_tables(image: WritableImage, first: int, end: int) -> None:
+    """Forget the L2 tables of L1 entries that no guest byte needs."""
+    index = image.tables.next_table(first, end)
+    while index < end:
+        image.tables.drop_table(index)
+        index = image.tables.next_table(index + 1, end)
+
+
+def _cut_files(image: WritableImage) -> None:
+    """Give back what lies behind the disk and behind the last cluster in use. A device keeps its size."""
+    with image.locked():
+        end_of_use = image.allocator.end_of_use()
+    try:
         if image.header.has_data_file:
-            image.data.truncate(new_size)
-        image.file.truncate(min(image.file.storage.size(), image.allocator.end_of_use()))
-        image.file.barrier()
+            image.data.truncate(image.virtual_size)
+        if end_of_use < image.file.storage.size():
+            image.file.truncate(end_of_use)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+    image.file.barrier()
 
 
-def _show_size(image: WritableImage, virtual_size: int) -> None:
-    """The disk has this size, in memory. Lock held."""
+def _tell_tables(image: WritableImage, virtual_size: int) -> None:
+    """The disk has this size, as the tables know it. Lock held."""
     header = image.header
     image.tables.move(header.l1_table_offset, header.l1_size, virtual_size)
     image.written.follow_tables()
-    image.virtual_size = virtual_size
-
-
-@contextmanager
-def _standstill(image: WritableImage) -> Iterator[None]:
-    """The image's lock, the turn of write-backs and the whole disk, with no request in flight."""
-    with image.write_back.turn, image.changing():
-        image.requests.wait_until_free(0, _WHOLE_DISK)
-        image.requests.claim(0, _WHOLE_DISK)
-        try:
-            image.requests.drain()
-            yield
-        finally:
-            image.requests.release(0, _WHOLE_DISK)

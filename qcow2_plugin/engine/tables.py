@@ -98,6 +98,8 @@ class Slice:
     """Where the slice begins in the image file; 0 if there is no L2 table."""
     write_lane: memoryview | None = None
     """As `lane`, for clusters that may be written in place; made by `written_tables` when it is asked for."""
+    lane_version: int = 0
+    """Of `write_lane`."""
 
 
 class Tables:
@@ -200,6 +202,8 @@ class Tables:
         """The lane of a slice whose first entry maps this guest cluster."""
         source = self.source
         geometry = source.rules.geometry
+        if not words.any():
+            return np.zeros(self.slice_entries, dtype=np.int64)
         entries = words[::2] if geometry.extended_l2 else words
         cluster_count = len(entries)
         host_offsets = (entries & np.uint64(OFFSET_MASK)).astype(np.int64)
@@ -242,6 +246,8 @@ def _run_lengths(
     count = len(direct)
     clusters = np.arange(count, dtype=np.int64)
     goes_on = direct[:-1] & direct[1:] & (host_offsets[1:] - host_offsets[:-1] == cluster_size)
+    if goes_on.all():
+        return np.minimum(count - clusters, RUN_MASK)
     end_of_run = clusters + 1
     end_of_run[:-1][goes_on] = count
     end_of_run = np.minimum.accumulate(end_of_run[::-1])[::-1]

@@ -25,14 +25,14 @@ its clusters is copied:
 
 Between the two steps of growing the directory has the new table with the old number of entries: its beginning is the
 old table. What falls away is retired when no durable pointer is left. A held bitmap may have any size, so the size of
-the disk can change before or after. The new part of the disk is clean, as in QEMU.
+the disk can change before or after; it is settled only when both agree. The new part of the disk is clean, as in QEMU.
 
 **What may be torn.** A directory entry begins at a multiple of 8 in a directory that begins with a cluster, and a
 sector is 512 bytes; so table offset (8 bytes at 0), number of entries (4 at 8) and flags (4 at 12) each lie in one
 sector, and each is one write. Two of them together may lie in two sectors, so they are two writes with a barrier
 between. Entries of a bitmap table are 8 bytes at multiples of 8.
 
-Memory follows what is marked: one cluster's worth of bits for each cluster of bits that is touched.
+Bits are kept and written in *chunks*, a page or, where that is smaller, a cluster; memory follows what is marked.
 
 What has to be durable in between is the caller's business, but in `resize`.
 
@@ -52,7 +52,7 @@ import numpy.typing as npt
 from qcow2_plugin.engine.allocator import Allocator
 from qcow2_plugin.engine.header import read_structure
 from qcow2_plugin.engine.image_file import ImageFile, Structure
-from qcow2_plugin.engine.writeback import write_refcounts
+from qcow2_plugin.engine.writeback import write_refcounts_now
 from qcow2_plugin.errors import ResizeError, about_file, printable
 from qcow2_plugin.format import bits
 from qcow2_plugin.format.bitmaps import (
@@ -66,10 +66,13 @@ from qcow2_plugin.format.bitmaps import (
 )
 from qcow2_plugin.format.geometry import MAX_BITMAP_DATA_SIZE
 
+_CHUNK_SIZE = 4096
+"""Bytes of bits at most."""
 
-@dataclass(slots=True)
+
+@dataclass(slots=True, eq=False)
 class _Kept:
-    """One bitmap. Parts of it are numbered by the cluster of bits that they are in, as its table is."""
+    """One bitmap."""
 
     bitmap: Bitmap
     """As in the directory, but for in_use."""
@@ -81,9 +84,9 @@ class _Kept:
     is_lost: bool = False
     """A change of its structure failed half-way: it stays in use."""
     marks: dict[int, bytearray] = field(default_factory=dict)
-    """Bits set since the image was opened."""
+    """Bits set since the image was opened, by number of chunk."""
     changed: set[int] = field(default_factory=set)
-    """Clusters of bits whose marks are not on disk."""
+    """Chunks whose marks are not on disk."""
     table: npt.NDArray[np.uint64] | None = None
     """Once it was needed."""
     unwritten: set[int] = field(default_factory=set)
@@ -101,7 +104,8 @@ class BitmapTracker:
     def __init__(self, file: ImageFile, bitmaps: list[Bitmap]) -> None:
         self._file = file
         self._cluster_size = file.header.geometry.cluster_size
-        self._bits_per_cluster = 8 * self._cluster_size
+        self._chunk_size = min(_CHUNK_SIZE, self._cluster_size)
+        self._chunks_per_cluster = self._cluster_size // self._chunk_size
         self._virtual_size = file.header.virtual_size
         pointer = file.header.bitmaps
         directory_offset = 0 if pointer is None else pointer.directory_offset
@@ -139,31 +143,31 @@ class BitmapTracker:
         if length <= 0:
             return
         for each in self._tracked:
-            for index, start, stop in self._parts(each, offset, length):
-                marks = each.marks.get(index)
+            for chunk, start, stop in self._parts(each, offset, length):
+                marks = each.marks.get(chunk)
                 if marks is None:
-                    marks = each.marks[index] = bytearray(self._cluster_size)
+                    marks = each.marks[chunk] = bytearray(self._chunk_size)
                 bits.set_bits(marks, start, stop)
-                each.changed.add(index)
+                each.changed.add(chunk)
 
     def covers(self, offset: int, length: int) -> bool:
         """True if `mark` for this range would change nothing, now or when the bitmaps have followed a resize."""
         if not length:
             return True
         for each in self._tracked:
-            for index, start, stop in self._parts(each, offset, length):
-                marks = each.marks.get(index)
+            for chunk, start, stop in self._parts(each, offset, length):
+                marks = each.marks.get(chunk)
                 if marks is None or not bits.are_set(marks, start, stop):
                     return False
         return True
 
     def _parts(self, each: _Kept, offset: int, length: int) -> Iterator[tuple[int, int, int]]:
-        """(cluster of bits, first bit in it, one past the last) for a guest range that is not empty."""
-        granularity_bits, per_cluster = each.bitmap.granularity_bits, self._bits_per_cluster
+        """(chunk, first bit in it, one past the last) for a guest range that is not empty."""
+        granularity_bits, per_chunk = each.bitmap.granularity_bits, 8 * self._chunk_size
         first, last = offset >> granularity_bits, offset + length - 1 >> granularity_bits
-        for index in range(first // per_cluster, last // per_cluster + 1):
-            base = index * per_cluster
-            yield index, max(first - base, 0), min(last + 1 - base, per_cluster)
+        for chunk in range(first // per_chunk, last // per_chunk + 1):
+            base = chunk * per_chunk
+            yield chunk, max(first - base, 0), min(last + 1 - base, per_chunk)
 
     # -- storing --
 
@@ -175,12 +179,13 @@ class BitmapTracker:
         held = [each for each in self._kept if each.is_held]
         homeless: list[tuple[_Kept, int]] = []
         for each in held:
-            for index in sorted(each.changed):
+            for chunk in sorted(each.changed):
+                index, number = divmod(chunk, self._chunks_per_cluster)
                 entry = int(self._table_of(each)[index])
-                if not entry:
+                if entry > bits.TABLE_ALL_ONES:
+                    self._merge_bits(each, chunk, entry + number * self._chunk_size)
+                elif not entry and (each, index) not in homeless[-1:]:
                     homeless.append((each, index))
-                elif entry != bits.TABLE_ALL_ONES:
-                    self._merge_bits(each, index, entry)
         runs = allocator.allocate(len(homeless))
         places = [
             place for run in runs for place in range(run.host_offset, run.host_offset + run.length, self._cluster_size)
@@ -188,7 +193,7 @@ class BitmapTracker:
         try:
             for (each, index), place in zip(homeless, places, strict=True):
                 self._file.metadata.claim(Structure.BITMAP, place // self._cluster_size, 1)
-                self._write(bytes(each.marks[index]), place)
+                self._write(self._whole(each, index), place)
         except BaseException:
             self._file.metadata.release(place // self._cluster_size for place in places)
             allocator.release(runs)
@@ -198,6 +203,21 @@ class BitmapTracker:
             each.unwritten.add(index)
         for each in held:
             each.changed.clear()
+
+    def _merge_bits(self, each: _Kept, chunk: int, host_offset: int) -> None:
+        stored = self._read_bits(each, host_offset, self._chunk_size)
+        merged = (np.frombuffer(stored, dtype=np.uint8) | np.frombuffer(each.marks[chunk], dtype=np.uint8)).tobytes()
+        if merged != stored:
+            self._write(merged, host_offset)
+
+    def _whole(self, each: _Kept, index: int) -> bytes:
+        """All marks of one cluster of bits."""
+        nothing = bytes(self._chunk_size)
+        return b"".join(each.marks.get(chunk, nothing) for chunk in self._chunks(index))
+
+    def _chunks(self, index: int) -> range:
+        """The chunks of one cluster of bits."""
+        return range(index * self._chunks_per_cluster, (index + 1) * self._chunks_per_cluster)
 
     def store_tables(self) -> None:
         """Write what the tables of held bitmaps have to say about new clusters. Raises CorruptImageError, OSError."""
@@ -209,17 +229,16 @@ class BitmapTracker:
                 each.unwritten.clear()
 
     def finish(self) -> None:
-        """Settle the held bitmaps, but those that are not stored. Raises CorruptImageError, OSError."""
+        """Settle the held bitmaps, but those that are not stored, or do not fit the disk since a resize failed.
+
+        Raises CorruptImageError, OSError.
+        """
+        if self._virtual_size != self._file.header.virtual_size:
+            return
         for each in self._kept:
             if each.is_held and not each.changed and not each.unwritten:
                 self._write_flags(each, each.bitmap.flags)
                 each.is_in_use = False
-
-    def _merge_bits(self, each: _Kept, index: int, host_offset: int) -> None:
-        stored = self._read_bits(each, host_offset)
-        merged = (np.frombuffer(stored, dtype=np.uint8) | np.frombuffer(each.marks[index], dtype=np.uint8)).tobytes()
-        if merged != stored:
-            self._write(merged, host_offset)
 
     # -- another size of the disk --
 
@@ -263,7 +282,7 @@ class BitmapTracker:
                 if entries > each.bitmap.table_entries:
                     longer.append((each, self._lengthen(each, entries, allocator, moved)))
             if moved:
-                self._write_refcounts(allocator)
+                write_refcounts_now(self._file, allocator)
             if longer:
                 self._file.barrier()
         except BaseException:
@@ -342,31 +361,35 @@ class BitmapTracker:
             allocator.retire_table(first + kept_clusters, table_clusters - kept_clusters)
         each.table = table[:entries].copy()
         each.bitmap = replace(each.bitmap, table_entries=entries)
-        each.marks = {index: marks for index, marks in each.marks.items() if index < entries}
-        each.changed = {index for index in each.changed if index < entries}
+        chunk_count = entries * self._chunks_per_cluster
+        each.marks = {chunk: marks for chunk, marks in each.marks.items() if chunk < chunk_count}
+        each.changed = {chunk for chunk in each.changed if chunk < chunk_count}
         each.unwritten = {index for index in each.unwritten if index < entries}
 
     def _clear_tail(self, each: _Kept, virtual_size: int) -> None:
         """Clear the bits behind the end of a disk of this size in the cluster of bits that it ends in."""
-        index, bit = divmod(-(-virtual_size >> each.bitmap.granularity_bits), self._bits_per_cluster)
+        index, bit = divmod(-(-virtual_size >> each.bitmap.granularity_bits), 8 * self._cluster_size)
         if not bit:
             return
-        marks = each.marks.get(index)
-        if marks is not None:
-            bits.clear_from(marks, bit)
         table = self._table_of(each)
         entry = int(table[index])
         if entry == bits.TABLE_ALL_ONES:  # stands for bits behind the end too: these have to be stored one by one
-            marks = each.marks[index] = bytearray(b"\xff" * self._cluster_size)
-            bits.clear_from(marks, bit)
             table[index] = 0
-            each.changed.add(index)
+            for chunk in self._chunks(index):
+                each.marks[chunk] = bytearray(b"\xff" * self._chunk_size)
+                each.changed.add(chunk)
         elif entry:
-            stored = bytearray(self._read_bits(each, entry))
+            stored = bytearray(self._read_bits(each, entry, self._cluster_size))
             before = bytes(stored)
             bits.clear_from(stored, bit)
             if stored != before:
                 self._write(bytes(stored), entry)
+        last, bit = divmod(bit, 8 * self._chunk_size)
+        for chunk in self._chunks(index)[last + bool(bit) :]:
+            each.marks.pop(chunk, None)
+            each.changed.discard(chunk)
+        if bit and (marks := each.marks.get(self._chunks(index)[last])) is not None:
+            bits.clear_from(marks, bit)
 
     def _table_clusters(self, entries: int) -> int:
         return -(-8 * entries // self._cluster_size)
@@ -394,16 +417,6 @@ class BitmapTracker:
     def _write(self, data: bytes, host_offset: int) -> None:
         self._file.write(Structure.BITMAP, data, host_offset)
 
-    def _write_refcounts(self, allocator: Allocator) -> None:
-        """The barrier behind them is the caller's."""
-        writes = allocator.take_writes()
-        try:
-            write_refcounts(self._file, writes)
-        except BaseException:
-            allocator.put_back(writes)
-            raise
-        allocator.written()
-
     def _table_of(self, each: _Kept) -> npt.NDArray[np.uint64]:
         if each.table is None:
             bitmap = each.bitmap
@@ -413,6 +426,6 @@ class BitmapTracker:
                 bits.check_table(each.table, self._cluster_size)
         return each.table
 
-    def _read_bits(self, each: _Kept, host_offset: int) -> bytes:
+    def _read_bits(self, each: _Kept, host_offset: int, length: int) -> bytes:
         name = f'bitmap "{printable(each.bitmap.name)}"'
-        return read_structure(self._file.storage, name, host_offset, self._cluster_size)
+        return read_structure(self._file.storage, name, host_offset, length)

@@ -43,18 +43,16 @@ from qcow2_plugin.engine.tables import RUN_MASK, TableSource
 from qcow2_plugin.engine.tracking import BitmapTracker
 from qcow2_plugin.engine.writeback import WriteBack
 from qcow2_plugin.engine.written_tables import WrittenTables
-from qcow2_plugin.extent import Extent, ExtentKind
+from qcow2_plugin.extent import ZEROS, Extent, ExtentKind
 from qcow2_plugin.format.header import AUTOCLEAR_BITMAPS, AUTOCLEAR_DATA_FILE_RAW, EXTENSION_BITMAPS, Header
 from qcow2_plugin.storage import Buffer, WritableStorage
 
-_ZEROS = memoryview(bytes(1 << 20))
 _MAX_ZERO_FILL = 64 << 10
 """Bytes of zeros around a write that are written along with it; more are left to the file system."""
-_EXTENTS_AT_ONCE = 64
-"""Extents told under one hold of the lock."""
+_EXTENTS_AT_ONCE = 4096
+_TABLES_AT_ONCE = 64
+"""Extents told, and L2 tables looked at, under one hold of the lock."""
 _MIN_CHANGED_SIZE = 1 << 20
-_MAX_RETIRED = 1 << 20
-"""Clusters that may wait for a write-back."""
 
 
 class WritableImage(Image):
@@ -132,10 +130,13 @@ class WritableImage(Image):
         end = offset + length
         while offset < end:
             extents: list[Extent] = []
+            enough = offset + _TABLES_AT_ONCE * self.header.geometry.l2_coverage
             try:
                 with self._lock:
                     for extent in islice(self._mapping.runs(offset, end - offset), _EXTENTS_AT_ONCE):
                         extents.append(extent)
+                        if extent.guest_offset + extent.length >= enough:
+                            break
             finally:
                 yield from extents  # an error comes behind what was told before it
             offset = extents[-1].guest_offset + extents[-1].length
@@ -166,11 +167,20 @@ class WritableImage(Image):
             self.flush()
 
     def _write_placed(self, view: memoryview, offset: int) -> None:
-        self._require_range(offset, len(view))
+        with self._lock:
+            self.requests.begin_change()
+        try:
+            self._require_range(offset, len(view))
+            self._write_slices(view, offset)
+        finally:
+            with self._lock:
+                self.requests.end_change()
+
+    def _write_slices(self, view: memoryview, offset: int) -> None:
         end = offset + len(view)
         start = offset
         while start < end:
-            self._make_room()
+            self.make_room()
             part_end = min(end, (start | self.written.slice_coverage - 1) + 1)
             self._write_part(view[start - offset : part_end - offset], start)
             start = part_end
@@ -241,7 +251,7 @@ class WritableImage(Image):
         if not fill.length:
             return b""
         if fill.length <= _MAX_ZERO_FILL and self.data is self.layer.storage:
-            return _ZEROS[: fill.length]
+            return ZEROS[: fill.length]
         self.data.write_zeroes(host_offset, fill.length, may_punch=self.data is not self.layer.storage)
         return b""
 
@@ -258,25 +268,40 @@ class WritableImage(Image):
         start, end = placement.first << self._cluster_bits, placement.end << self._cluster_bits
         if self.tracker.is_empty:
             return True
-        return self.tracker.covers(start, min(end, self.virtual_size) - start)
+        return self.tracker.covers(start, min(end, self.written.virtual_size) - start)
 
     # -- zeroes and discards --
 
     def write_zeroes(self, offset: int, length: int, *, may_unmap: bool = True, only_fast: bool = False) -> None:
         """Make a guest range read as zeros; see `Image.write_zeroes`."""
-        self._require_range(offset, length)
-        end = offset + length
+        with self.requests.changing():
+            self._require_range(offset, length)
+            self.zero(offset, offset + length, Clearing.FREE if may_unmap else Clearing.KEEP, only_fast=only_fast)
+
+    def discard(self, offset: int, length: int) -> None:
+        """Give back whole clusters of a guest range; see `Image.discard`."""
+        with self.requests.changing():
+            self._require_range(offset, length)
+            if self.header.version < 3 and self.layer.backing is not None:
+                return  # the backing file would show through
+            start, end = self._whole(offset, offset + length, self.cluster_size)
+            if self._is_raw:
+                self._zero_raw(start, end, may_punch=True)
+            else:
+                self.clear_clusters(start, end, Clearing.DISCARD)
+
+    def zero(self, start: int, end: int, clearing: Clearing, *, only_fast: bool = False) -> None:
+        """`write_zeroes`, as part of a change."""
         if self._is_raw:
-            self._zero_raw(offset, end, may_punch=may_unmap)
+            self._zero_raw(start, end, may_punch=clearing is Clearing.FREE)
             return
-        clearing = Clearing.FREE if may_unmap else Clearing.KEEP
         if self.header.version < 3 and self.layer.backing is not None:
-            start = stop = end  # no entry could say zero
+            whole_start = whole_end = end  # no entry could say zero
         else:
-            start, stop = self._whole(offset, end, self.header.geometry.subcluster_size)
-        first, last = self._whole(start, stop, self._cluster_mask + 1)
-        odd_ends = [(offset, start), (stop, end)]
-        parts = [*self._by_cluster(start, first), *self._by_cluster(last, stop)]
+            whole_start, whole_end = self._whole(start, end, self.header.geometry.subcluster_size)
+        first, last = self._whole(whole_start, whole_end, self.cluster_size)
+        odd_ends = [(start, whole_start), (whole_end, end)]
+        parts = [*self._by_cluster(whole_start, first), *self._by_cluster(last, whole_end)]
         if only_fast:
             self._require_fast(odd_ends, parts)
         for part_start, part_end in odd_ends:
@@ -285,22 +310,11 @@ class WritableImage(Image):
             self._clear_subclusters(part_start, part_end, clearing)
         self.clear_clusters(first, last, clearing)
 
-    def discard(self, offset: int, length: int) -> None:
-        """Give back whole clusters of a guest range; see `Image.discard`."""
-        self._require_range(offset, length)
-        if self.header.version < 3 and self.layer.backing is not None:
-            return  # the backing file would show through
-        first, last = self._whole(offset, offset + length, self._cluster_mask + 1)
-        if self._is_raw:
-            self._zero_raw(first, last, may_punch=True)
-        else:
-            self.clear_clusters(first, last, Clearing.DISCARD)
-
     def _whole(self, start: int, end: int, unit: int) -> tuple[int, int]:
         """Start and end of the whole units between `start` and `end`; both `end` if there is none. The last unit of
         the disk ends with it."""
         first = -(-start // unit) * unit
-        last = end if end == self.virtual_size else end // unit * unit
+        last = end if end == self.written.virtual_size else end // unit * unit
         return (first, last) if first < last else (end, end)
 
     def _by_cluster(self, start: int, end: int) -> Iterator[tuple[int, int]]:
@@ -321,12 +335,17 @@ class WritableImage(Image):
     def _write_zeros_as_data(self, start: int, end: int) -> None:
         """Zeros to guest bytes that share a subcluster with others; what reads as zeros already stays as it is."""
         while start < end:
-            part_end = min(end, start + len(_ZEROS))
+            part_end = min(end, start + len(ZEROS))
             with self._lock:
                 is_done = self.written.reads_as_zeros(start, part_end)
             if not is_done:
-                self.write_from(_ZEROS[: part_end - start], start)
+                self.write_inside(ZEROS[: part_end - start], start)
             start = part_end
+
+    def write_inside(self, view: memoryview, offset: int) -> None:
+        """Write, as part of a change."""
+        with self.requests.moving():
+            self._write_slices(view, offset)
 
     def _clear_subclusters(self, start: int, end: int, clearing: Clearing) -> None:
         """Clear some of the subclusters of one cluster."""
@@ -350,10 +369,10 @@ class WritableImage(Image):
 
     def _clear(self, start: int, end: int, clearing: Clearing) -> None:
         """Clear whole clusters below one slice, or whole subclusters of one cluster."""
-        self._make_room()
+        self.make_room()
         is_freed = clearing is not Clearing.KEEP
         first, last = start >> self._cluster_bits, (end - 1 >> self._cluster_bits) + 1
-        with self.changing():
+        with self.locked():
             self._begin_change(start, end)
             self.tracker.mark(start, end - start)
             clear = self.written.plan_clear(start, end, clearing)
@@ -365,7 +384,7 @@ class WritableImage(Image):
             self.requests.claim(first, last)
         try:  # before the entries say so: afterwards the place may be somebody's again
             self.data.write_zeroes(start, end - start, may_punch=True)
-            with self.changing():
+            with self.locked():
                 self.written.apply(clear, punch=False)
         finally:
             with self._lock:
@@ -375,7 +394,7 @@ class WritableImage(Image):
 
     def _zero_raw(self, start: int, end: int, *, may_punch: bool) -> None:
         """Zeros for guest bytes of a raw data file: no entry says so, the file does."""
-        with self.changing():
+        with self.locked():
             self._begin_change(start, end)
             self.tracker.mark(start, end - start)
         self.data.write_zeroes(start, end - start, may_punch=may_punch)
@@ -388,18 +407,18 @@ class WritableImage(Image):
     def _say_data(self, start: int) -> None:
         """Let the entries of the slice at guest `start` say data everywhere, durably, with zeros where they did not."""
         low = start & -self.written.slice_coverage
-        high = min(low + self.written.slice_coverage, self.virtual_size)
-        with self.changing():
+        high = min(low + self.written.slice_coverage, self.written.virtual_size)
+        with self.locked():
             self._begin_change(low, high)
             placement = self.written.place(low, high)
             self.requests.claim(placement.first, placement.end)
         try:
             for first, last in self.written.hidden_ranges(placement):
                 self.data.write_zeroes(first, last - first, may_punch=True)
-            with self.changing():
+            with self.locked():
                 self.written.commit(placement, may_write=False)
             self._flush_between()
-            with self.changing():
+            with self.locked():
                 self.tables.renew_write_lane(placement.key)
         finally:
             with self._lock:
@@ -409,11 +428,14 @@ class WritableImage(Image):
 
     def resize(self, virtual_size: int, *, allow_shrink: bool = False, preallocation: str = "off") -> None:
         """Change the size of the disk; see `Image.resize`."""
-        resize(self, virtual_size, allow_shrink=allow_shrink, preallocation=preallocation)
+        with self.requests.alone():
+            self._require_range(0, 0)
+            resize(self, virtual_size, allow_shrink=allow_shrink, preallocation=preallocation)
 
     def flush(self) -> None:
         """Make durable what was acknowledged; see `Image.flush`."""
         self._require_range(0, 0)
+        self.file.require_writable()
         if not self._has_begun:
             return
         try:
@@ -469,27 +491,28 @@ class WritableImage(Image):
         kept = _kept_autoclear_features(header)
         if kept != header.autoclear_features:
             self.file.update_header(autoclear_features=kept)
-        self.tracker.begin()
-        self.file.barrier()
+        has_written = self.tracker.begin()
+        if has_written or kept != header.autoclear_features:
+            self.file.barrier()
         self._has_begun = True
 
-    def _make_room(self) -> None:
-        """Write back, if much has changed."""
-        if self.tables.changed_size > self._max_changed_size or self.allocator.retired_count > _MAX_RETIRED:
+    def make_room(self) -> None:
+        """Write back, if much has changed. No claim may be held."""
+        if self.tables.changed_size > self._max_changed_size or self.allocator.is_full:
             self._flush_between()
 
     def _flush_between(self) -> None:
         """Flush in the middle of a request; if it is in flight, it begins anew after that."""
-        ident = get_ident()
-        was_in_flight = self.requests.in_flight.pop(ident, None) is not None
+        with self._lock:
+            was_in_flight = self.requests.leave()
         try:
             self.flush()
         finally:
             if was_in_flight:
-                self.requests.in_flight[ident] = self.requests.epoch
+                self.requests.enter()
 
     @contextmanager
-    def changing(self) -> Iterator[None]:
+    def locked(self) -> Iterator[None]:
         """The image's lock, for a change; once that finds a failure, nothing is written straight any more."""
         try:
             with self._lock:

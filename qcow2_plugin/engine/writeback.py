@@ -38,7 +38,7 @@ class _Reclaimable(NamedTuple):
     """What lost its pointers, durably; requests of this epoch or before may still use it."""
 
     epoch: int
-    retired: list[Retired]
+    retired: Retired
 
 
 class _Taken(NamedTuple):
@@ -125,11 +125,11 @@ class WriteBack:
     def _finish(self, taken: _Taken) -> None:
         self._allocator.written()
         self._tables.written(taken.tables)
-        if taken.retired:
-            self._reclaimable.append(_Reclaimable(taken.epoch, taken.retired))
+        self._reclaimable += [_Reclaimable(taken.epoch, retired) for retired in taken.retired]
         oldest = self._requests.oldest
         while self._reclaimable and self._reclaimable[0].epoch < oldest:
-            self._allocator.reclaim(self._reclaimable.pop(0).retired)
+            self._allocator.reclaim(self._reclaimable[0].retired)
+            del self._reclaimable[0]
 
     def _write(self, refcounts: RefcountWrites, tables: TableWrites) -> None:
         has_pointers = bool(tables.l1_entries or tables.slices)
@@ -153,6 +153,20 @@ class WriteBack:
     def has_work(self) -> bool:
         """Refcounts or tables differ from the disk, or clusters wait to be reclaimed. Lock: the image's."""
         return bool(self._allocator.has_changes or self._tables.has_changes or self._reclaimable)
+
+
+def write_refcounts_now(file: ImageFile, allocator: Allocator) -> None:
+    """Write the refcounts alone, for whoever holds the turn and the lock; the barrier behind them is the caller's.
+
+    Raises CorruptImageError, OSError; what was not written counts as changed still.
+    """
+    writes = allocator.take_writes()
+    try:
+        write_refcounts(file, writes)
+    except BaseException:
+        allocator.put_back(writes)
+        raise
+    allocator.written()
 
 
 def write_refcounts(file: ImageFile, writes: RefcountWrites) -> None:

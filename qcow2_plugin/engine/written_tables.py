@@ -1,9 +1,10 @@
 """L1 and L2 tables that are being changed: what is in memory, and what of it the disk does not have yet.
 
 **States of a slice.** *Clean*: as on disk, kept by the two generations of `Tables`. *Own*: its L2 table is referred to
-by the active L1 table alone, proven when the first entry is about to change, so entries change in place; a table that a
-snapshot shares is copied before. *Changed*: kept, whatever the generations forget, until a write-back has it on disk.
-While a write-back writes a slice it counts as changed still, and so do later changes of it.
+by the active L1 table alone, proven when that is first needed; only then entries change in place, and clusters may be
+written to in place. A table that a snapshot shares is copied before. *Changed*: kept, whatever the generations forget,
+until a write-back has it on disk. While a write-back writes a slice it counts as changed still, and so do later changes
+of it.
 
 **States of an L2 table.** A new one (fresh, or the copy of a shared one) is *unpublished*: the L1 entry that names it
 is in memory only. Its content is written before any durable pointer to it, its changed slices too; once the L1 entry is
@@ -68,19 +69,25 @@ class WrittenTables(Tables):
         """Host offsets of unpublished L2 tables."""
         self._own_tables: set[int] = set()
         """L1 indexes whose L2 tables are ours alone."""
+        self._lane_version = 0
 
     # -- reading what memory knows better --
 
     def read_l1(self, index: int, count: int) -> Entries:
-        """`count` L1 entries from `index`, native-endian."""
+        """`count` L1 entries from `index`, native-endian. Lock: the image's."""
+        if count == 1 and index in self._l1_changes:
+            return np.array([self._l1_changes[index]], dtype=np.uint64)
         entries = super().read_l1(index, count)
+        if count == 1:
+            return entries
         for changed, entry in self._l1_changes.items():
             if index <= changed < index + count:
                 entries[changed - index] = entry
         return entries
 
     def read_l2(self, table_offset: int, index: int, count: int) -> Entries:
-        """The words of `count` L2 entries from `index` of the table at this host offset, native-endian."""
+        """The words of `count` L2 entries from `index` of the table at this host offset, native-endian. Lock: the
+        image's."""
         words = super().read_l2(table_offset, index, count)
         if not self._by_place:
             return words
@@ -109,7 +116,7 @@ class WrittenTables(Tables):
         if self._young_size >= self._generation_size:
             self.write_lane.clear()
         super()._keep(key, kept)
-        if kept.write_lane is not None:
+        if kept.write_lane is not None and kept.lane_version == self._lane_version:
             self.write_lane[key] = kept.write_lane
 
     def forget(self) -> None:
@@ -134,8 +141,9 @@ class WrittenTables(Tables):
     def slice_for_writing(self, key: int) -> Slice:
         """The slice with this key and its write lane."""
         found = self.slice_at(key)
-        if found.write_lane is None and found is not self._missing:
-            found.write_lane = self._write_lane_of(found)
+        if found is not self._missing and (found.write_lane is None or found.lane_version != self._lane_version):
+            found.write_lane = self._write_lane_of(key, found)
+            found.lane_version = self._lane_version
             self.write_lane[key] = found.write_lane
         return found
 
@@ -145,34 +153,48 @@ class WrittenTables(Tables):
 
         Raises CorruptImageError, TruncatedImageError, OSError.
         """
-        found = self.slice_for_writing(key)
-        l1_index = key >> self.source.rules.geometry.l2_coverage_bits - self.slice_bits
+        guest_offset = key << self.slice_bits
+        if not self.is_own(guest_offset):
+            self._replace_table(guest_offset >> self.source.rules.geometry.l2_coverage_bits)
+        return self.slice_for_writing(key)
+
+    def is_own(self, guest_offset: int) -> bool:
+        """True if the L2 table for this place is referred to by the active L1 table alone.
+
+        Raises CorruptImageError if its entry says so and that is wrong; TruncatedImageError, OSError.
+        """
+        geometry = self.source.rules.geometry
+        l1_index = guest_offset >> geometry.l2_coverage_bits
         if l1_index in self._own_tables:
-            return found
+            return True
+        if l1_index >= self.source.l1_size:
+            return False
         entry = int(self.read_l1(l1_index, 1)[0])
         table_offset = self.l2_table_offset(entry, l1_index)
-        if table_offset and entry & COPIED:
-            refcount = self._allocator.refcount(table_offset >> self.source.rules.geometry.cluster_bits)
-            if refcount != 1:
-                raise self._file.corrupt(
-                    "L1 table", f"entry {l1_index} is {entry:#x}, but its L2 table has a refcount of {refcount}"
-                )
-        else:
-            self._replace_table(l1_index, table_offset)
-            found = self.slice_for_writing(key)
+        if not table_offset or not entry & COPIED:
+            return False
+        cluster = table_offset >> geometry.cluster_bits
+        refcount = self._allocator.refcount(cluster)
+        if refcount != 1 or self._file.metadata.is_of_snapshot(cluster):
+            raise self._file.corrupt(
+                "L1 table", f"entry {l1_index} is {entry:#x}, but others refer to its L2 table (refcount {refcount})"
+            )
         self._own_tables.add(l1_index)
-        return found
+        return True
 
     def changed(self, key: int, found: Slice) -> None:
         """Entries of this slice, which is own, differ from those on disk now."""
         self._changed[key] = found
         self._by_place[found.host_offset] = found
 
-    def _replace_table(self, l1_index: int, old_offset: int) -> None:
+    def _replace_table(self, l1_index: int) -> None:
+        """A fresh L2 table where there is none, a copy of the one that there is."""
         geometry = self.source.rules.geometry
+        old_offset = self.l2_table_offset(int(self.read_l1(l1_index, 1)[0]), l1_index)
         content = bytes(geometry.cluster_size)
         if old_offset:
             content = self.read_l2(old_offset, 0, geometry.l2_entries).astype(">u8").tobytes()
+        clean_from = self._allocator.clean_from
         table_offset = self._allocator.allocate_table(Structure.L2_TABLE, geometry.cluster_size)
         try:
             self._file.write(Structure.L2_TABLE, content, table_offset)
@@ -184,28 +206,46 @@ class WrittenTables(Tables):
         if old_offset:
             self._allocator.retire_table(old_offset >> geometry.cluster_bits, 1)
         self._forget_table(l1_index)
+        self._own_tables.add(l1_index)
+        if table_offset < clean_from:
+            self.forget_write_lanes()
+
+    def forget_write_lanes(self) -> None:
+        """Find out anew what may be written to straight: a structure is now where, in an image that tells lies about
+        its clusters, a write lane might lead."""
+        self._lane_version += 1
+        self.write_lane.clear()
 
     def _forget_table(self, l1_index: int) -> None:
         self._own_tables.discard(l1_index)
         key_bits = self.source.rules.geometry.l2_coverage_bits - self.slice_bits
         for key in range(l1_index << key_bits, l1_index + 1 << key_bits):
+            self._drop_changes(key)
             self._young.pop(key, None)
             self._old.pop(key, None)
             self.lane.pop(key, None)
             self.write_lane.pop(key, None)
 
+    def _drop_changes(self, key: int) -> None:
+        for changes in (self._changed, self._being_written):
+            found = changes.pop(key, None)
+            if found is not None:
+                self._by_place.pop(found.host_offset, None)
+
     # -- the lanes --
 
-    def _write_lane_of(self, found: Slice) -> memoryview:
+    def _write_lane_of(self, key: int, found: Slice) -> memoryview:
         geometry = self.source.rules.geometry
         lane = np.frombuffer(found.lane, dtype=np.int64)
-        if self._tracks_changes:
+        if self._tracks_changes or not self.is_own(key << self.slice_bits):
             return np.zeros(len(lane), dtype=np.int64).data
+        readable = lane != 0
+        if not readable.any():
+            return found.lane
         words = np.frombuffer(found.words, dtype=np.uint64)
         host_offsets = lane & ~RUN_MASK
-        readable = lane != 0
         direct = readable & ((words[::2] if geometry.extended_l2 else words) & np.uint64(COPIED) != 0)
-        if not self.source.rules.has_data_file and direct.any():
+        if not self.source.rules.has_data_file:
             clusters = host_offsets[direct] >> geometry.cluster_bits
             direct[direct] = (self._allocator.refcounts_of(clusters) == 1) & ~self._file.metadata.among(clusters)
         if (direct == readable).all():
@@ -220,7 +260,7 @@ class WrittenTables(Tables):
         """
         found = self.slice_for_writing(key)
         if not may_write and found.write_lane is found.lane:
-            found.write_lane = self.write_lane[key] = np.frombuffer(found.lane, dtype=np.int64).copy().data
+            found.lane = self.lane[key] = np.frombuffer(found.lane, dtype=np.int64).copy().data
         cluster_size = self.source.rules.geometry.cluster_size
         self.leave_lanes(found, places[0][0], places[-1][0] + 1)
         next_index, next_offset, count = -1, -1, 0
