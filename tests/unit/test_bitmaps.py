@@ -12,6 +12,7 @@ from qcow2_plugin.engine.header import read_header
 from qcow2_plugin.errors import CorruptImageError, MissingReferenceError, TruncatedImageError
 from qcow2_plugin.format.bitmaps import (
     Bitmap,
+    entry_offsets,
     pack_directory,
     parse_directory,
     table_entries_for,
@@ -48,6 +49,7 @@ def test_entries_are_padded_to_multiples_of_8(length: int) -> None:
     directory = pack_directory(told)
     assert len(directory) == (24 + length + 7) // 8 * 8 + 32
     assert parse_directory(directory, 2, CLUSTER) == told
+    assert entry_offsets(told) == [0, directory.index(b"other") - 24]
 
 
 @pytest.mark.parametrize("difference", [-40, -33, -32, -8, -7, -1, 1, 8, 24, 32, 40])

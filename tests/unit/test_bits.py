@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import random
+
 import numpy as np
 import pytest
 
 from qcow2_plugin.errors import CorruptImageError
-from qcow2_plugin.format.bits import check_table, runs_of_bits
+from qcow2_plugin.format.bits import are_set, check_table, clear_from, runs_of_bits, set_bits
 
 CLUSTER = 65536
 
@@ -41,3 +43,22 @@ def test_runs_of_bits_start_at_the_low_bit(data: bytes, runs: list[tuple[int, in
     found = runs_of_bits(data)
     assert found == runs
     assert all(type(value) in (int, bool) for run in found for value in run)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_bits_are_set_asked_and_cleared_as_in_a_list(seed: int) -> None:
+    chance = random.Random(seed)
+    packed = bytearray(chance.choice([1, 2, 9]))
+    values = [False] * (8 * len(packed))
+    for _ in range(50):
+        start = chance.randrange(len(values))
+        stop = chance.randrange(start + 1, len(values) + 1)
+        assert are_set(packed, start, stop) == all(values[start:stop])
+        if chance.random() < 0.2:
+            clear_from(packed, start)
+            values[start:] = [False] * (len(values) - start)
+        else:
+            stop = chance.choice([start + 1, stop])
+            set_bits(packed, start, stop)
+            values[start:stop] = [True] * (stop - start)
+        assert int.from_bytes(packed, "little") == sum(value << bit for bit, value in enumerate(values))
