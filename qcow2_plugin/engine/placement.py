@@ -33,7 +33,7 @@ from qcow2_plugin.engine.written_tables import WrittenTables
 from qcow2_plugin.extent import Extent, ExtentKind, GuestDisk
 from qcow2_plugin.format import entries
 from qcow2_plugin.format.entries import ALL_SUBCLUSTERS, COMPRESSED, COPIED, OFFSET_MASK, ZERO, ClusterKind
-from qcow2_plugin.format.geometry import SUBCLUSTERS
+from qcow2_plugin.format.geometry import SECTOR_SIZE, SUBCLUSTERS
 
 _ALL_ZERO = ALL_SUBCLUSTERS << SUBCLUSTERS
 
@@ -261,6 +261,8 @@ class WrittenMapping(Mapping):
             host_offset = target.host_offset + (start & within)
             is_clean = target.host_offset >= clean_from
             tail = self._fill(end, target.last, target, is_clean)
+            if is_clean and not tail.length and end & SECTOR_SIZE - 1:  # or the file ends, and may be torn, in a sector
+                tail = Fill(min(-end & SECTOR_SIZE - 1, target.last - end), ())
             if target.first == start and pieces and _goes_on(pieces[-1], host_offset, is_clean):
                 pieces[-1] = pieces[-1]._replace(end=end, tail=tail)
             else:

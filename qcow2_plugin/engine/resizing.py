@@ -203,7 +203,6 @@ def _cut_files(image: WritableImage) -> None:
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise
-    image.file.barrier()
 
 
 def _tell_tables(image: WritableImage, virtual_size: int) -> None:

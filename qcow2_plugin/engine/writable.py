@@ -430,7 +430,10 @@ class WritableImage(Image):
         """Change the size of the disk; see `Image.resize`."""
         with self.requests.alone():
             self._require_range(0, 0)
-            resize(self, virtual_size, allow_shrink=allow_shrink, preallocation=preallocation)
+            try:
+                resize(self, virtual_size, allow_shrink=allow_shrink, preallocation=preallocation)
+            finally:
+                self._notice_failure()
 
     def flush(self) -> None:
         """Make durable what was acknowledged; see `Image.flush`."""
