@@ -755,6 +755,26 @@ def test_a_raw_data_file_is_written_only_where_entries_say_data(state: str, tmp_
     memory.assert_clean()
 
 
+@pytest.mark.parametrize("state", ["kept", "parts", "space"])
+def test_bytes_that_another_program_left_in_a_raw_data_file_never_show(state: str, tmp_path: Path) -> None:
+    """They are hidden by entries that say zero, and such entries are about to say data."""
+    is_extended = state != "kept"
+    bits = 14 if is_extended else 9
+    size = 1 << bits
+    image = builder(bits, extended_l2=is_extended).data_file(tmp_path / "data", b"data", raw=True)
+    for cluster in (1, 3):
+        STATES[state](image, cluster)
+    view = bytearray(image.expected())
+    memory = InMemory(image, tmp_path)
+    assert memory.disk.pread(len(view), 0) == view
+    memory.disk.pwrite(b"n" * 300, size + 100)
+    view[size + 100 : size + 400] = b"n" * 300
+    assert memory.disk.pread(len(view), 0) == view
+    memory.settle()
+    assert memory.view() == view
+    assert memory.data is not None and memory.data.content[: len(view)] == view
+
+
 @pytest.mark.parametrize("cluster", [1, 3])
 def test_a_cluster_that_is_elsewhere_in_its_data_file_is_not_written(cluster: int, tmp_path: Path) -> None:
     image = builder().data_file(tmp_path / "data", b"data").data(1, b"1").data(3, b"3")
