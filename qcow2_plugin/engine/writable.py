@@ -44,6 +44,7 @@ from qcow2_plugin.engine.tracking import BitmapTracker
 from qcow2_plugin.engine.writeback import WriteBack
 from qcow2_plugin.engine.written_tables import WrittenTables
 from qcow2_plugin.extent import ZEROS, Extent, ExtentKind
+from qcow2_plugin.format.geometry import SECTOR_SIZE
 from qcow2_plugin.format.header import AUTOCLEAR_BITMAPS, AUTOCLEAR_DATA_FILE_RAW, EXTENSION_BITMAPS, Header
 from qcow2_plugin.storage import Buffer, WritableStorage
 
@@ -237,12 +238,17 @@ class WritableImage(Image):
         if not head.length and not tail.length:
             self._write_data(data, piece.host_offset)
             return
-        before = self._filling(head, piece.start - head.length, piece.host_offset - head.length)
-        behind = self._filling(tail, piece.end, piece.host_offset + len(data))
+        shared = min(piece.start % SECTOR_SIZE, head.length)  # what shares a sector with data is written with it
+        before = self._filling(head, piece.start - head.length, piece.host_offset - head.length, shared)
+        shared = min(-piece.end % SECTOR_SIZE, tail.length)
+        behind = self._filling(tail, piece.end, piece.host_offset + len(data) + shared, shared)
         self.data.write_vector([before, data, behind], piece.host_offset - len(before))
 
-    def _filling(self, fill: Fill, guest_offset: int, host_offset: int) -> Buffer:
-        """The bytes of `fill`, which begins at `guest_offset`; nothing where zeros can be had cheaper."""
+    def _filling(self, fill: Fill, guest_offset: int, zeros_offset: int, shared: int) -> Buffer:
+        """The bytes of `fill`, which begins at guest `guest_offset`, as far as they are to be written along with data.
+
+        If they are zeros that can be had cheaper, those are `shared` bytes, and the others are at host `zeros_offset`.
+        """
         if fill.extents:
             content = bytearray(fill.length)
             known = fill.extents[-1].guest_offset + fill.extents[-1].length - guest_offset
@@ -252,8 +258,10 @@ class WritableImage(Image):
             return b""
         if fill.length <= _MAX_ZERO_FILL and self.data is self.layer.storage:
             return ZEROS[: fill.length]
-        self.data.write_zeroes(host_offset, fill.length, may_punch=self.data is not self.layer.storage)
-        return b""
+        if shared < fill.length:
+            is_other_file = self.data is not self.layer.storage
+            self.data.write_zeroes(zeros_offset, fill.length - shared, may_punch=is_other_file)
+        return ZEROS[:shared]
 
     def _commit(self, placement: Placement) -> None:
         self.written.commit(placement, may_write=self._may_write(placement))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -355,6 +356,16 @@ def test_shrinking_gives_space_back(tmp_path: Path) -> None:
     qemu_img("check", path)
     assert path.stat().st_blocks * 512 < 2 * MIB
     assert convert_to_raw(path) == b"\1" * MIB
+
+
+def test_shrinking_leaves_no_table_behind_the_disk(tmp_path: Path) -> None:
+    disk = Disk(KINDS["512"], tmp_path)
+    disk.resize(100 * KIB)
+    disk.resize(10 * MIB)
+    content, size = disk.path.read_bytes(), disk.facts()[1]
+    l1_table = int.from_bytes(content[40:48], "big")
+    entries = struct.unpack_from(f">{size}Q", content, l1_table)
+    assert size == 320 and not any(entries[4:])
 
 
 def test_shrinking_cuts_the_file_behind_what_is_in_use(tmp_path: Path) -> None:
