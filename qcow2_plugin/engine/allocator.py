@@ -40,7 +40,7 @@ from qcow2_plugin.engine.header import read_structure
 from qcow2_plugin.engine.image_file import Clusters, ImageFile, Structure
 from qcow2_plugin.format.entries import OFFSET_MASK
 from qcow2_plugin.format.geometry import MAX_REFCOUNT_TABLE_SIZE
-from qcow2_plugin.format.refcounts import REFCOUNT_TABLE_OFFSET_MASK, pack_block, unpack_block
+from qcow2_plugin.format.refcounts import REFCOUNT_TABLE_OFFSET_MASK, first_free_run, pack_block, unpack_block
 
 Refcounts = npt.NDArray[Any]
 
@@ -48,8 +48,6 @@ _BLOCK_CACHE_SIZE = 8 << 20
 """Bytes of refcounts, as in memory, that are kept unless they changed."""
 _MAX_RETIRED = 1 << 20
 """Clusters that may wait for a write-back."""
-_SCAN = 4096
-"""Refcounts looked at together for a free one."""
 
 
 class Run(NamedTuple):
@@ -177,7 +175,7 @@ class Allocator:
         while True:
             if slot >= len(self._table) or not self._table[slot]:
                 self._add_block(slot)
-            free = _first_zeros(self._block(slot), index)
+            free = first_free_run(self._block(slot), index)
             if free is not None:
                 break
             slot, index = slot + 1, 0
@@ -518,28 +516,6 @@ class Allocator:
                 del self._blocks[slot]
                 return True
         return False
-
-
-def _first_zeros(refcounts: Refcounts, start: int) -> tuple[int, int] | None:
-    """(index, count) of the first run of zeros at or behind `start`, None if there is none."""
-    size = len(refcounts)
-    while start < size:
-        window = refcounts[start : start + _SCAN]
-        first = int((window == 0).argmax())
-        if window[first] == 0:
-            start += first
-            break
-        start += len(window)
-    else:
-        return None
-    end = start
-    while end < size:
-        window = refcounts[end : end + _SCAN]
-        used = int((window != 0).argmax())
-        if window[used] != 0:
-            return start, end + used - start
-        end += len(window)
-    return start, size - start
 
 
 def _by_slot(clusters: Clusters, per_block: int) -> list[tuple[int, int, int]]:

@@ -5,10 +5,14 @@ Source: docs/interop/qcow2.rst, "Host cluster management".
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
 REFCOUNT_TABLE_OFFSET_MASK = 0xFFFF_FFFF_FFFF_FE00
+_SCAN = 4096
+"""Refcounts looked at together for a free one."""
 
 
 def unpack_block(block: bytes | memoryview, refcount_order: int) -> npt.NDArray[np.uint64]:
@@ -54,3 +58,28 @@ def count_used(block: bytes | memoryview, refcount_order: int, count: int) -> in
     in_bytes = np.frombuffer(block, dtype=np.uint8, count=min(-(-count // per_byte), len(block)))
     bits = np.unpackbits(in_bytes, bitorder="little").reshape(-1, 1 << refcount_order)
     return int(np.count_nonzero(bits[:count].any(axis=1)))
+
+
+def first_free_run(refcounts: npt.NDArray[Any], start: int) -> tuple[int, int] | None:
+    """(index, count) of the first run of zeros at or behind `start`, None if there is none.
+
+    `refcounts` are those of a block, of any integer type.
+    """
+    size = len(refcounts)
+    while start < size:
+        window = refcounts[start : start + _SCAN]
+        first = int((window == 0).argmax())
+        if window[first] == 0:
+            start += first
+            break
+        start += len(window)
+    else:
+        return None
+    end = start
+    while end < size:
+        window = refcounts[end : end + _SCAN]
+        used = int((window != 0).argmax())
+        if window[used] != 0:
+            return start, end + used - start
+        end += len(window)
+    return start, size - start
