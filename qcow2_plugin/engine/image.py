@@ -250,9 +250,13 @@ class Image:
     ) -> None:
         self.close()
 
-    def _require_range(self, offset: int, length: int) -> None:
+    def require_open(self) -> None:
+        """Raises ImageClosedError once the image is closed."""
         if self._closed:
             raise ImageClosedError("the image is closed", file=self.layer.storage.path)
+
+    def _require_range(self, offset: int, length: int) -> None:
+        self.require_open()
         if offset < 0 or length < 0 or offset + length > self.virtual_size:
             raise OutOfRangeError(
                 f"range of {length} bytes at {offset:#x} is not inside the disk of {self.virtual_size} bytes",

@@ -437,7 +437,7 @@ class WritableImage(Image):
     def resize(self, virtual_size: int, *, allow_shrink: bool = False, preallocation: str = "off") -> None:
         """Change the size of the disk; see `Image.resize`."""
         with self.requests.alone():
-            self._require_range(0, 0)
+            self.require_open()
             try:
                 resize(self, virtual_size, allow_shrink=allow_shrink, preallocation=preallocation)
             finally:
@@ -445,7 +445,7 @@ class WritableImage(Image):
 
     def flush(self) -> None:
         """Make durable what was acknowledged; see `Image.flush`."""
-        self._require_range(0, 0)
+        self.require_open()
         self.file.require_writable()
         if not self._has_begun:
             return
