@@ -34,6 +34,7 @@ from qcow2_plugin.extent import Extent, ExtentKind, GuestDisk
 from qcow2_plugin.format import entries
 from qcow2_plugin.format.entries import ALL_SUBCLUSTERS, COMPRESSED, COPIED, OFFSET_MASK, ZERO, ClusterKind
 from qcow2_plugin.format.geometry import SECTOR_SIZE, SUBCLUSTERS
+from qcow2_plugin.storage import Storage
 
 _ALL_ZERO = ALL_SUBCLUSTERS << SUBCLUSTERS
 
@@ -80,9 +81,11 @@ class _Target:
 
 
 class _Change(NamedTuple):
-    """What the entry of this number becomes; `old` is what it was."""
+    """What `cluster_count` entries from this number on become: the clusters in line from `host_offset` on. `old` is what the
+    entry was, the same for all of them."""
 
     entry: int
+    cluster_count: int
     host_offset: int
     bitmap: int
     old: int
@@ -128,16 +131,28 @@ class WrittenMapping(Mapping):
 
     tables: WrittenTables
 
-    def __init__(self, tables: WrittenTables, file: ImageFile, allocator: Allocator, backing: GuestDisk | None) -> None:
+    def __init__(
+        self,
+        tables: WrittenTables,
+        file: ImageFile,
+        allocator: Allocator,
+        *,
+        data: Storage,
+        backing: GuestDisk | None,
+    ) -> None:
+        """`data` is where guest data goes."""
         super().__init__(tables)
         self._file = file
         self._allocator = allocator
+        self._data = data
         self._backing = backing
         self._has_zero_entries = file.header.version > 2
 
     def follow_tables(self) -> None:
-        """The tables have moved, or the disk has another size."""
+        """The tables have moved, the disk has another size, or the image another version."""
         self._source = self.tables.source
+        self._rules = self._source.rules
+        self._has_zero_entries = self._file.header.version > 2
 
     @property
     def virtual_size(self) -> int:
@@ -161,6 +176,9 @@ class WrittenMapping(Mapping):
         bits = self._geometry.cluster_bits
         placement = Placement(key, start >> bits, (end - 1 >> bits) + 1)
         found = self.tables.slice_for_writing(key)
+        if not self._geometry.extended_l2 and not any(self._words_of(placement, found)):
+            self._place_fresh(placement, start, end)
+            return placement
         targets = []
         for cluster in range(placement.first, placement.end):
             base = cluster << bits
@@ -174,6 +192,42 @@ class WrittenMapping(Mapping):
             self.abandon(placement)
             raise
         return placement
+
+    def _words_of(self, placement: Placement, found: Slice) -> memoryview:
+        """The entries that a placement is about, without extended L2."""
+        first = placement.first & self.tables.slice_entries - 1
+        return found.words[first : first + placement.end - placement.first]
+
+    def _place_fresh(self, placement: Placement, start: int, end: int) -> None:
+        """Plan a write to clusters that are all unallocated: a piece for every run of new ones."""
+        bits = self._geometry.cluster_bits
+        guest_offset = placement.first << bits
+        length = placement.end - placement.first << bits
+        if not self.tables.is_own(start):
+            self.tables.own(placement.key)
+        if self._rules.has_data_file:
+            runs = [Run(guest_offset, length, self._is_hole(guest_offset, length))]
+        else:
+            runs = placement.runs = self._allocator.allocate(length >> bits)
+        index = placement.first & self.tables.slice_entries - 1
+        shows_zeros = self._backing is None
+        try:
+            for run in runs:
+                run_end = guest_offset + run.length
+                first, last = max(start, guest_offset), min(end, run_end)
+                target = _Target(index, first, last, run.host_offset, guest_offset, run_end, 0, True, shows_zeros)
+                self._add_piece(placement.pieces, target, run.host_offset + first - guest_offset, run.is_clean)
+                placement.changes.append(_Change(index, run.length >> bits, run.host_offset, 0, 0))
+                index += run.length >> bits
+                guest_offset = run_end
+        except BaseException:
+            self.abandon(placement)
+            raise
+
+    def _is_hole(self, offset: int, length: int) -> bool:
+        """True if the data file reads as zeros there, because nothing is stored."""
+        _, hole_length, is_data = next(self._data.data_ranges(offset, length))
+        return not is_data and hole_length == length
 
     def _target(self, found: Slice, base: int, start: int, end: int) -> _Target:
         index = base >> self._geometry.cluster_bits & self.tables.slice_entries - 1
@@ -248,26 +302,28 @@ class WrittenMapping(Mapping):
         for target in targets:
             if target.is_changed and target.host_offset is not None:
                 old = self._entry(found, target.entry)[0]
-                placement.changes.append(_Change(target.entry, target.host_offset, target.bitmap, old))
+                placement.changes.append(_Change(target.entry, 1, target.host_offset, target.bitmap, old))
 
     def _add_pieces(self, placement: Placement, targets: list[_Target]) -> None:
         """The pieces of a write, as few as the places allow."""
         clean_from = min([run.host_offset for run in placement.runs if run.is_clean], default=OFFSET_MASK)
         within = self._geometry.cluster_size - 1
-        pieces = placement.pieces
         for target in targets:
             assert target.host_offset is not None
-            start, end = target.start, target.end
-            host_offset = target.host_offset + (start & within)
-            is_clean = target.host_offset >= clean_from
-            tail = self._fill(end, target.last, target, is_clean)
-            if is_clean and not tail.length and end & SECTOR_SIZE - 1:  # or the file ends, and may be torn, in a sector
-                tail = Fill(min(-end & SECTOR_SIZE - 1, target.last - end), ())
-            if target.first == start and pieces and _goes_on(pieces[-1], host_offset, is_clean):
-                pieces[-1] = pieces[-1]._replace(end=end, tail=tail)
-            else:
-                head = self._fill(target.first, start, target, is_clean)
-                pieces.append(Piece(start, end, host_offset, head, tail, is_clean))
+            host_offset = target.host_offset + (target.start & within)
+            self._add_piece(placement.pieces, target, host_offset, target.host_offset >= clean_from)
+
+    def _add_piece(self, pieces: list[Piece], target: _Target, host_offset: int, is_clean: bool) -> None:
+        """A piece for a target whose first byte goes to `host_offset`; the last piece, if it goes on there."""
+        start, end = target.start, target.end
+        tail = self._fill(end, target.last, target, is_clean)
+        if is_clean and not tail.length and end & SECTOR_SIZE - 1:  # or the file ends, and may be torn, in a sector
+            tail = Fill(min(-end & SECTOR_SIZE - 1, target.last - end), ())
+        if target.first == start and pieces and _goes_on(pieces[-1], host_offset, is_clean):
+            pieces[-1] = pieces[-1]._replace(end=end, tail=tail)
+        else:
+            head = self._fill(target.first, start, target, is_clean)
+            pieces.append(Piece(start, end, host_offset, head, tail, is_clean))
 
     def _fill(self, start: int, end: int, target: _Target, is_clean: bool) -> Fill:
         """What is to be filled in from guest `start` to `end`: no zeros where there are some, and in a data file
@@ -295,6 +351,10 @@ class WrittenMapping(Mapping):
         """True if guest bytes `start` to `end` are known to be zeros. Raises as `resolve` does."""
         return all(self._is_zero(extent) for extent in self.resolve(start, end - start))
 
+    def reads_as_data(self, start: int, end: int) -> bool:
+        """True if a read looks for guest bytes `start` to `end` in the storage. Raises as `resolve` does."""
+        return all(extent.kind is ExtentKind.DATA for extent in self.resolve(start, end - start))
+
     def commit(self, placement: Placement, *, may_write: bool) -> None:
         """Make a placement visible; its data is in the storage. With `may_write` its clusters may be written to
         straight from now on.
@@ -303,25 +363,33 @@ class WrittenMapping(Mapping):
         """
         found = self.tables.own(placement.key)
         freed: list[int] = []
-        for _, host_offset, _, old in placement.changes:
-            if old & OFFSET_MASK != host_offset or old & COMPRESSED:
-                freed += self._references(old)
+        for change in placement.changes:
+            if change.old and (change.old & OFFSET_MASK != change.host_offset or change.old & COMPRESSED):
+                freed += self._references(change.old)
         if freed:
             self._allocator.retire(np.array(freed, dtype=np.int64))
         is_extended = self._geometry.extended_l2
         places = []
-        base = placement.key * self.tables.slice_entries
-        whole_clusters = (self._source.virtual_size >> self._geometry.cluster_bits) - base
-        for index, host_offset, bitmap, _ in placement.changes:
+        whole_clusters = self._source.virtual_size >> self._geometry.cluster_bits
+        whole_entries = whole_clusters - placement.key * self.tables.slice_entries
+        for index, count, host_offset, bitmap, _ in placement.changes:
             if is_extended:
                 found.words[2 * index], found.words[2 * index + 1] = COPIED | host_offset, bitmap
-            else:
+            elif count == 1:
                 found.words[index] = COPIED | host_offset
-            if index < whole_clusters and (not is_extended or bitmap == ALL_SUBCLUSTERS):
-                places.append((index, host_offset))
+            else:
+                found.words[index : index + count] = self._entries_of(host_offset, count)
+            whole_count = min(count, whole_entries - index)
+            if whole_count > 0 and (not is_extended or bitmap == ALL_SUBCLUSTERS):
+                places.append((index, whole_count, host_offset))
         self.tables.changed(placement.key, found)
         if places:
-            self.tables.enter_lanes(placement.key, places, may_write=may_write)
+            self.tables.enter_lanes(placement.key, found, places, may_write=may_write)
+
+    def _entries_of(self, host_offset: int, count: int) -> memoryview:
+        """The entries of clusters in line that are ours alone."""
+        host_offsets = np.arange(count, dtype=np.uint64) << np.uint64(self._geometry.cluster_bits)
+        return (host_offsets + np.uint64(COPIED | host_offset)).data
 
     def abandon(self, placement: Placement) -> None:
         """Take back what a placement allocated; it was never visible."""
@@ -333,10 +401,10 @@ class WrittenMapping(Mapping):
         found = self.tables.slice_at(placement.key)
         base = placement.key * self.tables.slice_entries
         size = self._geometry.subcluster_size
-        for number, _, bitmap, _ in placement.changes:
+        for number, count, _, bitmap, _ in placement.changes:
             start = base + number << self._geometry.cluster_bits
             if not self._geometry.extended_l2:
-                yield start, min(start + size, self._source.virtual_size)
+                yield start, min(start + count * size, self._source.virtual_size)
                 continue
             hidden = bitmap & ~self._entry(found, number)[1] & ALL_SUBCLUSTERS
             for subcluster in range(SUBCLUSTERS):
@@ -352,9 +420,9 @@ class WrittenMapping(Mapping):
         for cluster in range(placement.first, placement.end):
             word = found.lane[cluster - base]
             if word:
-                places.append((cluster - base, word & ~RUN_MASK))
+                places.append((cluster - base, 1, word & ~RUN_MASK))
         if places:
-            self.tables.enter_lanes(placement.key, places, may_write=True)
+            self.tables.enter_lanes(placement.key, found, places, may_write=True)
             self.tables.join_lanes(found)
 
     def _references(self, entry: int) -> list[int]:

@@ -40,7 +40,7 @@ class Requests:
         """Epochs by thread, written and deleted by the requests themselves, without a lock."""
         self.epoch = 0
         self.waiting = 0
-        """How many wait for requests to end; who ends one looks here and calls `ended`."""
+        """How many wait for others; who ends a request looks here and calls `ended`."""
         self._lock = lock
         self._changed = threading.Condition(lock)
         self._claims: list[tuple[int, int]] = []
@@ -64,7 +64,8 @@ class Requests:
     def release(self, first: int, end: int) -> None:
         """Give up a claim."""
         self._claims.remove((first, end))
-        self._changed.notify_all()
+        if self.waiting:
+            self._changed.notify_all()
 
     def wait_until_free(self, first: int, end: int) -> bool:
         """Wait until nobody claims any of these guest clusters. True if that took a wait, and the world has changed.
@@ -141,7 +142,8 @@ class Requests:
 
     def _pause(self) -> None:
         was_in_flight = self.leave()
-        self._changed.wait()
+        with self._waiting():
+            self._changed.wait()
         if was_in_flight:
             self.enter()
 

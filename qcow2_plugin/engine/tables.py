@@ -5,14 +5,14 @@ offset shifted right by `slice_bits`. The L1 table, up to 32 MiB, is never held:
 missing.
 
 **Two generations.** Every slice enters the young generation. When the young one has taken half of the budget, it
-becomes the old one and the previous old one is forgotten; a slice found among the old is young again. That forgets
-roughly what was used least, and a hit needs no bookkeeping at all.
+becomes the old one and the previous old one is forgotten; a slice that `slice_at` finds among the old is young again.
+That forgets roughly what came first, and a hit needs no bookkeeping at all.
 
 **The lane.** Beside the entries a slice holds one number per cluster for readers in a hurry: host offset, with the
 count of clusters from here on that follow each other on disk in its low 9 bits (host offsets are multiples of 512).
 A cluster is in the lane only if a read of it may go straight to the storage: whole inside the virtual disk,
 allocated, not compressed, not zero, aligned, inside the file, and with a data file at the host offset that equals its
-guest offset. Everything else has 0 there, a run of no clusters. `Tables.lane` maps keys to lanes of young slices and
+guest offset. Everything else has 0 there, a run of no clusters. `Tables.lane` maps keys to lanes of kept slices and
 may be read without a lock: entries only appear and vanish, a lane never changes, and a key that is missing means no
 more than "ask `slice_at`".
 
@@ -117,6 +117,11 @@ class Tables:
         self._young_size = 0
         self._generation_size = cache_size // 2
         self._slice_cost = slice_size + 8 * self.slice_entries + _SLICE_OVERHEAD
+        clusters = np.arange(self.slice_entries, dtype=np.int64)
+        self._steps = (clusters << geometry.cluster_bits).astype(np.uint64)
+        """How far the clusters of a slice are from the first if they are in line, and what their lane is then if the
+        first is at host offset 0."""
+        self._lane_in_line = clusters << geometry.cluster_bits | np.minimum(self.slice_entries - clusters, RUN_MASK)
         words_per_entry = geometry.l2_entry_size // 8
         self._missing = Slice(
             np.zeros(self.slice_entries * words_per_entry, dtype=np.uint64).data,
@@ -204,6 +209,8 @@ class Tables:
         geometry = source.rules.geometry
         if not words.any():
             return np.zeros(self.slice_entries, dtype=np.int64)
+        if self._are_in_line(words, first_cluster):
+            return self._lane_in_line + np.int64(int(words[0]) & OFFSET_MASK)
         entries = words[::2] if geometry.extended_l2 else words
         cluster_count = len(entries)
         host_offsets = (entries & np.uint64(OFFSET_MASK)).astype(np.int64)
@@ -221,15 +228,38 @@ class Tables:
         direct[max((source.virtual_size >> geometry.cluster_bits) - first_cluster, 0) :] = False
         return lane_words(direct, host_offsets, geometry.cluster_size)
 
+    def _are_in_line(self, words: Entries, first_cluster: int) -> bool:
+        """True if the clusters of a slice, the first of which is this one of the guest, all belong into the lane and
+        follow each other on disk. So it is in most images that were made or filled in one go."""
+        source = self.source
+        geometry = source.rules.geometry
+        first, last = int(words[0]), int(words[-1])
+        host_offset, length = first & OFFSET_MASK, self.slice_entries << geometry.cluster_bits
+        if geometry.extended_l2 or last - first != length - geometry.cluster_size:
+            return False
+        if first != host_offset | COPIED or host_offset & geometry.cluster_size - 1:
+            return False
+        guest_offset = first_cluster << geometry.cluster_bits
+        if guest_offset + length > source.virtual_size:
+            return False
+        if source.rules.has_data_file and host_offset != guest_offset:
+            return False
+        if not source.rules.has_data_file and not 0 < host_offset <= source.storage.size() - length:
+            return False
+        return bool((words - np.uint64(first) == self._steps).all())
+
     def _keep(self, key: int, kept: Slice) -> None:
         if self._young_size >= self._generation_size:
-            self._old = self._young
-            self._young = {}
-            self._young_size = 0
-            self.lane.clear()
+            self._grow_old()
         self._young[key] = kept
         self._young_size += _MISSING_OVERHEAD if kept is self._missing else self._slice_cost
         self.lane[key] = kept.lane
+
+    def _grow_old(self) -> None:
+        """The young generation becomes the old one, and that is forgotten."""
+        self._old, self._young, self._young_size = self._young, {}, 0
+        self.lane.clear()
+        self.lane.update({key: kept.lane for key, kept in self._old.items()})
 
 
 def lane_words(

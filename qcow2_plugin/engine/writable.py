@@ -15,7 +15,7 @@ on disk, durably: refcounts of a dirty image, feature bits that we do not know, 
 
 **Raw data files.** The file shows at any time what the guest sees, after a crash too. So every entry says data, and
 says it durably before anything but zeros is in the file there: zeroes and discards zero the file and leave the entries
-alone, and where another program has left an entry that says zero, `_say_data` comes before the first write.
+alone, and where another program has left an entry that says zero, `say_data` comes before the first write.
 
 **Lock.** The image's lock guards the tables, refcounts, bitmaps and claims; it is never held while guest data moves.
 The turn of `writeback` is taken before it, never inside.
@@ -32,20 +32,23 @@ from itertools import islice
 from typing import cast
 
 from qcow2_plugin.engine.allocator import Allocator
+from qcow2_plugin.engine.first_change import put_right
 from qcow2_plugin.engine.image import Image, Layer
 from qcow2_plugin.engine.image_file import ImageFile
 from qcow2_plugin.engine.metadata import read_metadata
 from qcow2_plugin.engine.placement import Clearing, Fill, Piece, Placement, WrittenMapping
-from qcow2_plugin.engine.rebuild import rebuild_refcounts
 from qcow2_plugin.engine.requests import Requests
 from qcow2_plugin.engine.resizing import resize
+from qcow2_plugin.engine.snapshot_views import SnapshotViews
 from qcow2_plugin.engine.tables import RUN_MASK, TableSource
 from qcow2_plugin.engine.tracking import BitmapTracker
 from qcow2_plugin.engine.writeback import WriteBack
 from qcow2_plugin.engine.written_tables import WrittenTables
-from qcow2_plugin.extent import ZEROS, Extent, ExtentKind
+from qcow2_plugin.extent import ZEROS, Extent
+from qcow2_plugin.format.bitmaps import Bitmap
 from qcow2_plugin.format.geometry import SECTOR_SIZE
-from qcow2_plugin.format.header import AUTOCLEAR_BITMAPS, AUTOCLEAR_DATA_FILE_RAW, EXTENSION_BITMAPS, Header
+from qcow2_plugin.format.header import Header
+from qcow2_plugin.format.snapshots import Snapshot
 from qcow2_plugin.storage import Buffer, WritableStorage
 
 _MAX_ZERO_FILL = 64 << 10
@@ -75,18 +78,18 @@ class WritableImage(Image):
         self.tables = WrittenTables(
             source, layer.cache_size, self.file, self.allocator, tracks_changes=not self.tracker.is_empty
         )
-        self.written = WrittenMapping(self.tables, self.file, self.allocator, layer.backing)
+        self.written = WrittenMapping(self.tables, self.file, self.allocator, data=data, backing=layer.backing)
         self._use(self.written)
         self._write_lane = self.tables.write_lane
         self.requests = Requests(self._lock)
+        self.snapshot_views = SnapshotViews(self.requests)
         self.write_back = WriteBack(
             self.file, data, allocator=self.allocator, tables=self.tables, requests=self.requests, lock=self._lock
         )
         self._max_changed_size = max(layer.cache_size // 4, _MIN_CHANGED_SIZE)
         self.data = data
         self._write_data = data.write_from
-        self._is_raw = layer.header.data_file_raw
-        self._has_begun = False
+        self._is_ready = self._has_begun = False
 
     @property
     def header(self) -> Header:
@@ -126,6 +129,11 @@ class WritableImage(Image):
             if requests.waiting:
                 requests.ended()
 
+    def bitmaps(self) -> list[Bitmap]:
+        """The persistent bitmaps, as they are on disk; see `Image.bitmaps`."""
+        with self._lock:  # the directory may move
+            return super().bitmaps()
+
     def _runs(self, offset: int, length: int) -> Iterator[Extent]:
         """A table may move or vanish between two looks, so each is taken whole, under the lock."""
         end = offset + length
@@ -141,6 +149,9 @@ class WritableImage(Image):
             finally:
                 yield from extents  # an error comes behind what was told before it
             offset = extents[-1].guest_offset + extents[-1].length
+
+    def _view_of(self, layer: Layer, snapshot: Snapshot) -> Image:
+        return self.snapshot_views.open(layer, snapshot)
 
     # -- writing --
 
@@ -189,8 +200,8 @@ class WritableImage(Image):
     def _write_part(self, view: memoryview, start: int) -> None:
         """Write what lies below one slice."""
         end = start + len(view)
-        if self._is_raw and not self._is_said(start, end):
-            self._say_data(start)
+        if self.file.header.data_file_raw and not self._is_said(start, end):
+            self.say_data(start)
         self.put(start, end, lambda piece: self._move(piece, view[piece.start - start : piece.end - start]))
 
     def put(self, start: int, end: int, move: Callable[[Piece], None]) -> None:
@@ -293,14 +304,14 @@ class WritableImage(Image):
             if self.header.version < 3 and self.layer.backing is not None:
                 return  # the backing file would show through
             start, end = self._whole(offset, offset + length, self.cluster_size)
-            if self._is_raw:
+            if self.file.header.data_file_raw:
                 self._zero_raw(start, end, may_punch=True)
             else:
                 self.clear_clusters(start, end, Clearing.DISCARD)
 
     def zero(self, start: int, end: int, clearing: Clearing, *, only_fast: bool = False) -> None:
         """`write_zeroes`, as part of a change."""
-        if self._is_raw:
+        if self.file.header.data_file_raw:
             self._zero_raw(start, end, may_punch=clearing is Clearing.FREE)
             return
         if self.header.version < 3 and self.layer.backing is not None:
@@ -410,9 +421,9 @@ class WritableImage(Image):
     def _is_said(self, start: int, end: int) -> bool:
         """True if a read of these guest bytes, below one slice, looks for them in the data file."""
         with self._lock:
-            return all(extent.kind is ExtentKind.DATA for extent in self._mapping.resolve(start, end - start))
+            return self.written.reads_as_data(start, end)
 
-    def _say_data(self, start: int) -> None:
+    def say_data(self, start: int) -> None:
         """Let the entries of the slice at guest `start` say data everywhere, durably, with zeros where they did not."""
         low = start & -self.written.slice_coverage
         high = min(low + self.written.slice_coverage, self.written.virtual_size)
@@ -447,7 +458,7 @@ class WritableImage(Image):
         """Make durable what was acknowledged; see `Image.flush`."""
         self.require_open()
         self.file.require_writable()
-        if not self._has_begun:
+        if not self._is_ready:
             return
         try:
             self.write_back.run()
@@ -462,7 +473,7 @@ class WritableImage(Image):
         if self._closed:
             return
         try:
-            if self._has_begun and self.file.failure is None:
+            if self._is_ready and self.file.failure is None:
                 self._store()
         finally:
             super().close()
@@ -470,13 +481,7 @@ class WritableImage(Image):
     def _store(self) -> None:
         """Bring the image on disk to where nothing is left to do."""
         self.write_back.run()
-        if self.tracker.has_held:
-            self.tracker.store_bits(self.allocator)
-            self.write_back.run()
-            self.tracker.store_tables()
-            self.file.barrier()
-            self.tracker.finish()
-            self.file.barrier()
+        self.tracker.settle(self.allocator, self.write_back.run)
         while self.write_back.has_work:  # no request is left, so what waits can be reclaimed
             self.write_back.run()
 
@@ -490,22 +495,23 @@ class WritableImage(Image):
         """See that the image takes changes, and knows that they begin. Raises FailedImageError, OSError. Lock held."""
         if self._has_begun and self.file.failure is None:
             return
-        self.file.require_writable()
-        self._begin()
-
-    def _begin(self) -> None:
-        """What has to be true on disk before the first change, durably."""
-        header = self.file.header
-        if header.dirty:
-            rebuild_refcounts(self.file, self.allocator)
-            self.tables.forget()
-        kept = _kept_autoclear_features(header)
-        if kept != header.autoclear_features:
-            self.file.update_header(autoclear_features=kept)
-        has_written = self.tracker.begin()
-        if has_written or kept != header.autoclear_features:
+        self.get_structures_ready()
+        if self.tracker.begin():
             self.file.barrier()
         self._has_begun = True
+
+    def get_structures_ready(self) -> None:
+        """`get_ready` for changes that leave the disk as it is, so that no bitmap need be held. Lock held."""
+        self.file.require_writable()
+        if not self._is_ready:
+            put_right(self.file, self.allocator, self.tables)
+            self._is_ready = True
+
+    def settle_bitmaps(self) -> None:
+        """Let the bitmaps on disk be true, and say so, until `get_ready`. Everything stands still."""
+        self._has_begun = False  # before any of them says so
+        self.tables.forget_write_lanes()
+        self.tracker.settle(self.allocator, self.write_back.run_alone)
 
     def make_room(self) -> None:
         """Write back, if much has changed. No claim may be held."""
@@ -535,11 +541,3 @@ class WritableImage(Image):
     def _notice_failure(self) -> None:
         if self.file.failure is not None:
             self._write_lane = {}
-
-
-def _kept_autoclear_features(header: Header) -> int:
-    """The autoclear features whose promise a writer of this package keeps."""
-    kept = header.autoclear_features & (AUTOCLEAR_BITMAPS | AUTOCLEAR_DATA_FILE_RAW)
-    if header.extension_data(EXTENSION_BITMAPS) is None:
-        kept &= ~AUTOCLEAR_BITMAPS
-    return kept

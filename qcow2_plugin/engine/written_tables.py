@@ -28,8 +28,9 @@ import numpy as np
 
 from qcow2_plugin.engine.allocator import Allocator
 from qcow2_plugin.engine.image_file import ImageFile, Structure
-from qcow2_plugin.engine.tables import RUN_MASK, Slice, Tables, TableSource, lane_words
+from qcow2_plugin.engine.tables import RUN_MASK, Slice, Tables, TableSource, entry_rules, lane_words
 from qcow2_plugin.format.entries import COPIED, Entries
+from qcow2_plugin.format.header import Header
 
 _L1_CHUNK = 8192
 """L1 entries looked at together."""
@@ -67,6 +68,8 @@ class WrittenTables(Tables):
         """L1 entries that may not be on disk."""
         self._new_tables: set[int] = set()
         """Host offsets of unpublished L2 tables."""
+        self._empty_tables: set[int] = set()
+        """Host offsets of unpublished L2 tables that are all zeros but for the changed slices."""
         self._own_tables: set[int] = set()
         """L1 indexes whose L2 tables are ours alone."""
         self._lane_version = 0
@@ -88,7 +91,10 @@ class WrittenTables(Tables):
     def read_l2(self, table_offset: int, index: int, count: int) -> Entries:
         """The words of `count` L2 entries from `index` of the table at this host offset, native-endian. Lock: the
         image's."""
-        words = super().read_l2(table_offset, index, count)
+        if table_offset in self._empty_tables:
+            words = np.zeros(count * self.source.rules.geometry.l2_entry_size >> 3, dtype=np.uint64)
+        else:
+            words = super().read_l2(table_offset, index, count)
         if not self._by_place:
             return words
         start = table_offset + index * self.source.rules.geometry.l2_entry_size
@@ -113,9 +119,16 @@ class WrittenTables(Tables):
         return self._changed.get(key) or self._being_written.get(key) or super()._read_slice(key)
 
     def _keep(self, key: int, kept: Slice) -> None:
-        if self._young_size >= self._generation_size:
-            self.write_lane.clear()
         super()._keep(key, kept)
+        self._enter_write_lane(key, kept)
+
+    def _grow_old(self) -> None:
+        super()._grow_old()
+        self.write_lane.clear()
+        for key, kept in self._old.items():
+            self._enter_write_lane(key, kept)
+
+    def _enter_write_lane(self, key: int, kept: Slice) -> None:
         if kept.write_lane is not None and kept.lane_version == self._lane_version:
             self.write_lane[key] = kept.write_lane
 
@@ -123,6 +136,12 @@ class WrittenTables(Tables):
         """Drop everything that is kept and not changed."""
         super().forget()
         self.write_lane.clear()
+
+    def look_anew(self) -> None:
+        """The tables on disk were changed behind this back, by somebody who found everything written and at rest."""
+        self._own_tables.clear()
+        self._lane_version += 1
+        self.forget()
 
     def next_table(self, index: int, end: int) -> int:
         """The first L1 entry from `index` on, and before `end`, that names an L2 table; `end` if none does."""
@@ -205,10 +224,17 @@ class WrittenTables(Tables):
         self._new_tables.add(table_offset)
         if old_offset:
             self._allocator.retire_table(old_offset >> geometry.cluster_bits, 1)
+        else:
+            self._empty_tables.add(table_offset)
         self._forget_table(l1_index)
         self._own_tables.add(l1_index)
         if table_offset < clean_from:
             self.forget_write_lanes()
+
+    def follow_bitmaps(self, *, tracks_changes: bool) -> None:
+        """There are other dirty bitmaps to keep from now on, or none."""
+        self._tracks_changes = tracks_changes
+        self.forget_write_lanes()
 
     def forget_write_lanes(self) -> None:
         """Find out anew what may be written to straight: a structure is now where, in an image that tells lies about
@@ -252,24 +278,26 @@ class WrittenTables(Tables):
             return found.lane
         return lane_words(direct, host_offsets, geometry.cluster_size).data
 
-    def enter_lanes(self, key: int, places: list[tuple[int, int]], *, may_write: bool) -> None:
-        """Clusters of the slice `key` may be read straight from the storage from now on, with `may_write` written to as
-        well; the slice has a write lane.
+    def enter_lanes(self, key: int, found: Slice, places: list[tuple[int, int, int]], *, may_write: bool) -> None:
+        """Clusters of a slice, which has a write lane and this key, may be read straight from the storage from now on,
+        with `may_write` written to as well.
 
-        `places` are (index in the slice, host offset), ascending.
+        `places` are (index in the slice, number of clusters in line, host offset of the first), ascending.
         """
-        found = self.slice_for_writing(key)
         if not may_write and found.write_lane is found.lane:
             found.lane = self.lane[key] = np.frombuffer(found.lane, dtype=np.int64).copy().data
         cluster_size = self.source.rules.geometry.cluster_size
-        self.leave_lanes(found, places[0][0], places[-1][0] + 1)
-        next_index, next_offset, count = -1, -1, 0
-        for index, host_offset in reversed(places):
-            is_in_line = index + 1 == next_index and host_offset + cluster_size == next_offset
-            count = min(count + 1, RUN_MASK) if is_in_line else 1
-            found.lane[index] = host_offset | count
-            if may_write and found.write_lane is not None:
-                found.write_lane[index] = host_offset | count
+        self.leave_lanes(found, places[0][0], places[-1][0] + places[-1][1])
+        next_index, next_offset, in_line = -1, -1, 0
+        for index, count, host_offset in reversed(places):
+            if index + count != next_index or host_offset + count * cluster_size != next_offset:
+                in_line = 0
+            for lane in _lanes_of(found) if may_write else (found.lane,):
+                if count == 1:
+                    lane[index] = host_offset | min(in_line + 1, RUN_MASK)
+                else:
+                    lane[index : index + count] = _words_in_line(host_offset, count, cluster_size, in_line)
+            in_line += count
             next_index, next_offset = index, host_offset
 
     def leave_lanes(self, found: Slice, first: int, end: int) -> None:
@@ -310,6 +338,7 @@ class WrittenTables(Tables):
         geometry = self.source.rules.geometry
         writes = TableWrites(l1_changes=dict(self._l1_changes), new_tables=set(self._new_tables))
         self._being_written, self._changed = self._changed, {}
+        self._empty_tables.clear()
         for found in sorted(self._being_written.values(), key=_place):
             table_offset = found.host_offset & -geometry.cluster_size
             target = writes.unpublished if table_offset in self._new_tables else writes.slices
@@ -353,6 +382,11 @@ class WrittenTables(Tables):
             self._allocator.retire_table(table_offset >> self.source.rules.geometry.cluster_bits, 1)
             self._forget_table(l1_index)
 
+    def follow_header(self, header: Header) -> None:
+        """The image has another version: its entries follow other rules."""
+        self.source = replace(self.source, rules=entry_rules(header))
+        self.forget()
+
     def move(self, l1_table_offset: int, l1_size: int, virtual_size: int) -> None:
         """The L1 table is here now, or the disk has another size."""
         self.source = replace(self.source, l1_table_offset=l1_table_offset, l1_size=l1_size, virtual_size=virtual_size)
@@ -364,6 +398,12 @@ def _lanes_of(found: Slice) -> tuple[memoryview, ...]:
     if found.write_lane is None or found.write_lane is found.lane:
         return (found.lane,)
     return found.lane, found.write_lane
+
+
+def _words_in_line(host_offset: int, count: int, cluster_size: int, in_line: int) -> memoryview:
+    """The lane words of `count` clusters in line, behind which `in_line` more are."""
+    clusters = np.arange(count, dtype=np.int64)
+    return (host_offset + clusters * cluster_size | np.minimum(count + in_line - clusters, RUN_MASK)).data
 
 
 def _place(found: Slice) -> int:

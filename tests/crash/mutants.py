@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from qcow2_plugin import engine
-from qcow2_plugin.engine import rebuild, writable
+from qcow2_plugin.engine import first_change, rebuild
 from qcow2_plugin.engine.allocator import Allocator, Retired, Run
 from qcow2_plugin.engine.image_file import ImageFile, Structure
 from qcow2_plugin.engine.placement import NO_FILL, WrittenMapping
@@ -52,8 +52,7 @@ def pointers_before_refcounts(patch: Patch) -> None:
         for host_offset, data in tables.unpublished:
             self._file.write(Structure.L2_TABLE, data, host_offset)
         self._file.barrier(self._data)
-        with self._lock:
-            self._tables.publish(tables)
+        self._tables.publish(tables)
         for host_offset, data in tables.l1_entries:
             self._file.write(Structure.L1_TABLE, data, host_offset)
         for host_offset, data in tables.slices:
@@ -72,8 +71,7 @@ def new_l2_table_after_its_pointer(patch: Patch) -> None:
         write_refcounts(self._file, refcounts)
         self._file.barrier(self._data)
         self._file.barrier()
-        with self._lock:
-            self._tables.publish(tables)
+        self._tables.publish(tables)
         for host_offset, data in tables.l1_entries:
             self._file.write(Structure.L1_TABLE, data, host_offset)
         self._file.barrier()
@@ -82,14 +80,14 @@ def new_l2_table_after_its_pointer(patch: Patch) -> None:
         self._file.barrier()
 
     patch.setattr(WriteBack, "_write", write)
-    patch.setattr(WrittenTables, "own", _own_without_writing(WrittenTables.own))
+    patch.setattr(WrittenTables, "own", _own_without_content(WrittenTables.own))
 
 
-def _own_without_writing(own: Any) -> Any:
-    """`own`, but the content of a new table is not written at once."""
+def _own_without_content(own: Any) -> Any:
+    """`own`, but a new table holds what somebody left in its cluster, until it is written back."""
 
-    def without_writing(self: Any, key: int) -> Any:
-        file, self._file = self._file, _Silent(self._file)
+    def without_content(self: Any, key: int) -> Any:
+        file, self._file = self._file, _Stale(self._file)
         try:
             found = own(self, key)
         finally:
@@ -97,17 +95,17 @@ def _own_without_writing(own: Any) -> Any:
         self.changed(key, found)
         return found
 
-    return without_writing
+    return without_content
 
 
-class _Silent:
-    """An image file that writes nothing."""
+class _Stale:
+    """An image file that writes something else."""
 
     def __init__(self, file: ImageFile) -> None:
         self._file = file
 
     def write(self, structure: Structure, data: bytes, host_offset: int) -> None:
-        pass
+        self._file.write(structure, b"\x55" * len(data), host_offset)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._file, name)
@@ -283,7 +281,7 @@ def autoclear_bit_left(patch: Patch) -> None:
     def kept(header: Header) -> int:
         return header.autoclear_features
 
-    patch.setattr(writable, "_kept_autoclear_features", kept)
+    patch.setattr(first_change, "_kept_autoclear_features", kept)
 
 
 def refcount_of_new_clusters_forgotten(patch: Patch) -> None:

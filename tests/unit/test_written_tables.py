@@ -385,7 +385,7 @@ def test_with_bitmaps_to_keep_nothing_is_written_straight_at_first(tmp_path: Pat
     made = opened(four_tables(), tmp_path, tracks_changes=True)
     found = made.tables.slice_for_writing(0)
     assert found.write_lane is not None and not runs(found.write_lane) and runs(found.lane)
-    made.tables.enter_lanes(0, [(5, made.built.data_offsets[5])], may_write=True)
+    made.tables.enter_lanes(0, found, [(5, 1, made.built.data_offsets[5])], may_write=True)
     assert found.write_lane is not None
     assert runs(found.write_lane) == {5: (made.built.data_offsets[5], 1)}
 
@@ -406,6 +406,18 @@ def test_extended_clusters_are_written_straight_if_all_of_them_is_there(tmp_path
     assert set(runs(found.lane)) == {0, 2}
 
 
+def in_line(places: list[tuple[int, int]], chance: random.Random) -> list[tuple[int, int, int]]:
+    """Clusters in line taken together, mostly."""
+    taken: list[tuple[int, int, int]] = []
+    for index, host_offset in places:
+        first, count, start = taken[-1] if taken else (-1, 0, 0)
+        if (first + count, start + count * CLUSTER) == (index, host_offset) and chance.random() < 0.8:
+            taken[-1] = (first, count + 1, start)
+        else:
+            taken.append((index, 1, host_offset))
+    return taken
+
+
 @pytest.mark.parametrize("tracks_changes", [False, True])
 def test_lanes_tell_the_truth_whatever_comes_and_goes(tracks_changes: bool, tmp_path: Path) -> None:
     """A run never promises a cluster that is not in line; after joining, runs are as long as they are."""
@@ -423,7 +435,7 @@ def test_lanes_tell_the_truth_whatever_comes_and_goes(tracks_changes: bool, tmp_
             places = [(index, start + index * CLUSTER) for index in range(first, end) if chance.random() < 0.9]
             if not places:
                 continue
-            made.tables.enter_lanes(0, places, may_write=may_write)
+            made.tables.enter_lanes(0, found, in_line(places, chance), may_write=may_write)
             for index in range(places[0][0], places[-1][0] + 1):
                 read.pop(index, None)
                 write.pop(index, None)
