@@ -11,15 +11,23 @@ The house, top floor first; imports point down only:
 
     adapters      translation, no logic: `nbd` (connections), `exports` and `command_line` (nbdkit's), `cli` (the
                   `qcow2` command)
-    operations    verbs over whole images: `create`, `resize`, `info`, `map`, `vet`
+    operations    verbs over whole images: `amend`, `check`, `create`, `resize`, `info`, `map`, `vet`, `bitmaps`,
+                  `bitmap_health`, `bitmap_pruning`; `transaction` changes the bitmaps of several images
     engine        one image. Reading: `chain` opens it with all that is below, `image` is the data path, `mapping` says
                   where guest ranges live, `tables` keeps what was read of the L1 and L2 tables, `codec` decompresses,
                   `layout` tells whether the file is all there; `snapshots`, `bitmaps` and `dirty` read the rest.
                   Writing: `writable` is the data path, `placement` says where a write goes, `written_tables` and
                   `allocator` hold tables and refcounts as they change, `writeback` brings them to disk in order,
                   `requests` knows who is still moving data, `image_file` lets no write go where it does not belong.
-                  Around that: `metadata` finds every structure, `tracking` keeps dirty bitmaps true, `rebuild` makes
-                  refcounts from the tables, `resizing` changes the size of the disk
+                  Checking: `check` says what is looked for, `check_structures`, `check_tables`, `check_refcounts` and
+                  `check_data_file` look, `references` and `table_references` count, `findings` collects.
+                  Around that: `first_change` puts right what must be, `metadata` finds every structure, `tracking`
+                  keeps dirty bitmaps true, `bitmap_changes` brings other ones by one switch (`bitmap_plan` says which,
+                  `bitmap_content` what they mark), `standing_still` gives them the time, `rebuild` makes
+                  refcounts from the tables, `unfinished` is about images in the middle of a transaction,
+                  `bitmap_survey` about the places of bitmaps, `resizing` changes the size of the disk,
+                  `amending` the kind of image, with `refcount_width` and `zero_expansion`; `header_rewrite` plans how
+                  a header becomes another one
     storage       where bytes live: `file`, `space`, `locks`, `directory`, and `opener`, the only way from a name to an
                   open file
     format        bytes <-> values, pure: `header`, `geometry`, `entries`, `refcounts`, `snapshots`, `bitmaps`, ...
@@ -41,48 +49,128 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from qcow2_plugin.engine.bitmap_plan import BitmapChange, BitmapVerb
     from qcow2_plugin.engine.chain import open_image
+    from qcow2_plugin.engine.findings import CheckResult, Finding, FindingClass
     from qcow2_plugin.engine.image import Image
     from qcow2_plugin.extent import Extent, ExtentKind, GuestDisk
+    from qcow2_plugin.operations.amend import amend
+    from qcow2_plugin.operations.bitmap_health import BitmapHealth, BitmapState, bitmap_health
+    from qcow2_plugin.operations.bitmap_pruning import drop_bitmaps, prune_bitmaps
+    from qcow2_plugin.operations.bitmaps import (
+        add_bitmap,
+        change_bitmaps,
+        clear_bitmap,
+        disable_bitmap,
+        enable_bitmap,
+        merge_bitmap,
+        remove_bitmap,
+        rotate_bitmap,
+    )
+    from qcow2_plugin.operations.check import check
     from qcow2_plugin.operations.create import create_image
     from qcow2_plugin.operations.info import ImageInfo, info
     from qcow2_plugin.operations.map import MapEntry, map_image
     from qcow2_plugin.operations.resize import resize
+    from qcow2_plugin.operations.snapshots import (
+        ListedSnapshot,
+        apply_snapshot,
+        create_snapshot,
+        delete_snapshot,
+        list_snapshots,
+    )
+    from qcow2_plugin.operations.transaction import bitmap_transaction, forget_transaction, recover_transaction
     from qcow2_plugin.operations.vet import Verdict, vet
     from qcow2_plugin.storage.opener import Policy
 
 __all__ = [
+    "BitmapChange",
+    "BitmapHealth",
+    "BitmapState",
+    "BitmapVerb",
+    "CheckResult",
     "Extent",
     "ExtentKind",
+    "Finding",
+    "FindingClass",
     "GuestDisk",
     "Image",
     "ImageInfo",
+    "ListedSnapshot",
     "MapEntry",
     "Policy",
     "Verdict",
+    "add_bitmap",
+    "amend",
+    "apply_snapshot",
+    "bitmap_health",
+    "bitmap_transaction",
+    "change_bitmaps",
+    "check",
+    "clear_bitmap",
     "create_image",
+    "create_snapshot",
+    "delete_snapshot",
+    "disable_bitmap",
+    "drop_bitmaps",
+    "enable_bitmap",
+    "forget_transaction",
     "info",
+    "list_snapshots",
     "map_image",
+    "merge_bitmap",
     "open_image",
+    "prune_bitmaps",
+    "recover_transaction",
+    "remove_bitmap",
     "resize",
+    "rotate_bitmap",
     "vet",
 ]
 
 if not TYPE_CHECKING:  # a checker that saw __getattr__ would take every name for public
     _HOMES = {
+        "BitmapChange": "engine.bitmap_plan",
+        "BitmapHealth": "operations.bitmap_health",
+        "BitmapState": "operations.bitmap_health",
+        "BitmapVerb": "engine.bitmap_plan",
+        "CheckResult": "engine.findings",
         "Extent": "extent",
         "ExtentKind": "extent",
+        "Finding": "engine.findings",
+        "FindingClass": "engine.findings",
         "GuestDisk": "extent",
         "Image": "engine.image",
         "ImageInfo": "operations.info",
+        "ListedSnapshot": "operations.snapshots",
         "MapEntry": "operations.map",
         "Policy": "storage.opener",
         "Verdict": "operations.vet",
+        "add_bitmap": "operations.bitmaps",
+        "amend": "operations.amend",
+        "apply_snapshot": "operations.snapshots",
+        "bitmap_health": "operations.bitmap_health",
+        "bitmap_transaction": "operations.transaction",
+        "change_bitmaps": "operations.bitmaps",
+        "check": "operations.check",
+        "clear_bitmap": "operations.bitmaps",
         "create_image": "operations.create",
+        "create_snapshot": "operations.snapshots",
+        "delete_snapshot": "operations.snapshots",
+        "disable_bitmap": "operations.bitmaps",
+        "drop_bitmaps": "operations.bitmap_pruning",
+        "enable_bitmap": "operations.bitmaps",
+        "forget_transaction": "operations.transaction",
         "info": "operations.info",
+        "list_snapshots": "operations.snapshots",
         "map_image": "operations.map",
+        "merge_bitmap": "operations.bitmaps",
         "open_image": "engine.chain",
+        "prune_bitmaps": "operations.bitmap_pruning",
+        "recover_transaction": "operations.transaction",
+        "remove_bitmap": "operations.bitmaps",
         "resize": "operations.resize",
+        "rotate_bitmap": "operations.bitmaps",
         "vet": "operations.vet",
     }
 

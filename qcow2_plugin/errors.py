@@ -140,6 +140,34 @@ class ResizeError(Qcow2Error):
     errno = errno.EINVAL
 
 
+class BitmapError(Qcow2Error):
+    """A dirty bitmap cannot be used or changed in the way that was asked for; nothing was changed."""
+
+    errno = errno.EINVAL
+
+
+class SnapshotError(Qcow2Error):
+    """An internal snapshot cannot be made or applied; nothing was changed."""
+
+    errno = errno.EINVAL
+
+
+class AmendError(Qcow2Error):
+    """The image cannot become what was asked for; of that nothing was changed."""
+
+    errno = errno.EINVAL
+
+
+class HeaderFullError(Qcow2Error):
+    """The header cluster has no room for what would have to be in it; nothing was changed."""
+
+    errno = errno.ENOSPC
+
+
+class UnfinishedTransactionError(Qcow2Error):
+    """A change of the bitmaps of several images was interrupted, and has to be finished before this can be done."""
+
+
 class OutOfRangeError(Qcow2Error):
     """A request reaches outside the virtual disk."""
 

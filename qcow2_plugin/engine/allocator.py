@@ -31,21 +31,17 @@ import os
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from qcow2_plugin.engine.header import read_structure
 from qcow2_plugin.engine.image_file import Clusters, ImageFile, Structure
+from qcow2_plugin.engine.refcount_blocks import RefcountBlocks, Refcounts
 from qcow2_plugin.format.entries import OFFSET_MASK
 from qcow2_plugin.format.geometry import MAX_REFCOUNT_TABLE_SIZE
-from qcow2_plugin.format.refcounts import REFCOUNT_TABLE_OFFSET_MASK, first_free_run, pack_block, unpack_block
+from qcow2_plugin.format.refcounts import by_block, first_free_run, runs_of
 
-Refcounts = npt.NDArray[Any]
-
-_BLOCK_CACHE_SIZE = 8 << 20
-"""Bytes of refcounts, as in memory, that are kept unless they changed."""
 _MAX_RETIRED = 1 << 20
 """Clusters that may wait for a write-back."""
 
@@ -87,27 +83,12 @@ class RefcountWrites:
         return bool(self.new_blocks or self.table or self.entries or self.blocks)
 
 
-class Allocator:
-    """The refcounts of one image file."""
+class Allocator(RefcountBlocks):
+    """The refcounts of one image file, and what is free."""
 
     def __init__(self, file: ImageFile) -> None:
         """Raises TruncatedImageError, OSError."""
-        header = file.header
-        self._file = file
-        self._cluster_bits = header.cluster_bits
-        self._cluster_size = header.geometry.cluster_size
-        self._order = header.refcount_order
-        self._per_block = self._cluster_size * 8 >> header.refcount_order
-        self._dtype = np.dtype(f"u{max(1 << header.refcount_order >> 3, 1)}")
-        table_size = header.refcount_table_clusters << header.cluster_bits
-        stored = read_structure(file.storage, "refcount table", header.refcount_table_offset, table_size)
-        self._table = np.frombuffer(stored, dtype=">u8").astype(np.uint64) & np.uint64(REFCOUNT_TABLE_OFFSET_MASK)
-        self._table_offset = header.refcount_table_offset
-        self._blocks: dict[int, Refcounts] = {}
-        self._max_blocks = max(_BLOCK_CACHE_SIZE // (self._per_block * self._dtype.itemsize), 4)
-        self._dirty: set[int] = set()
-        self._new: set[int] = set()
-        self._being_written: set[int] = set()
+        super().__init__(file)
         self._table_is_new = False
         self._old_tables: list[tuple[int, int]] = []
         """First cluster and number of clusters of tables that the header may still name."""
@@ -329,17 +310,26 @@ class Allocator:
         Raises CorruptImageError if a refcount was 0 already; TruncatedImageError, OSError; then nothing has changed.
         """
         free = self._lower(retired.clusters)
-        if not retired.punch:
-            return
+        if retired.punch:
+            self.punch(free)
+
+    def punch(self, clusters: Clusters) -> None:
+        """Give back the disk space of ascending clusters that are free."""
         with suppress(OSError):  # disk space that stays taken is no harm
-            for first, count in _runs(free):
+            for first, count in runs_of(clusters):
                 self._file.storage.punch(first << self._cluster_bits, count << self._cluster_bits)
 
     def _lower(self, clusters: Clusters) -> Clusters:
         """Take one from the refcount of each; those that are free now."""
-        distinct, losses = np.unique(clusters, return_counts=True)
+        return self.count_down(*np.unique(clusters, return_counts=True))
+
+    def count_down(self, distinct: Clusters, losses: Clusters) -> Clusters:
+        """Ascending clusters lose so many references each, of which nothing is left; those that are free now.
+
+        Raises as `reclaim` does.
+        """
         lowered: list[tuple[int, Refcounts, Clusters, Refcounts]] = []
-        for slot, start, stop in _by_slot(distinct, self._per_block):
+        for slot, start, stop in by_block(distinct, self._per_block):
             if not self._place(slot):
                 raise self._file.corrupt(
                     "refcount table", f"lacks the block for used cluster {int(distinct[start]):#x}"
@@ -360,34 +350,24 @@ class Allocator:
             self._next = self._end = 0
         return free
 
-    # -- looking --
+    # -- another table, or another content --
 
-    def refcount(self, cluster: int) -> int:
-        """The refcount of one cluster. Raises TruncatedImageError, OSError."""
-        slot, index = divmod(cluster, self._per_block)
-        if slot >= len(self._table) or not self._table[slot]:
-            return 0
-        return int(self._block(slot)[index])
+    def spoil(self, end: int) -> None:
+        """What lies before host offset `end` may have been written to, whether it was handed out or not."""
+        self._clean_from = max(self._clean_from, end)
 
-    def refcounts_of(self, clusters: Clusters) -> npt.NDArray[np.uint64]:
-        """The refcounts of many clusters. Raises TruncatedImageError, OSError."""
-        is_ascending = (clusters[1:] >= clusters[:-1]).all()
-        order = np.arange(len(clusters)) if is_ascending else np.argsort(clusters, kind="stable")
-        ascending = clusters[order]
-        found = np.zeros(len(clusters), dtype=np.uint64)
-        for slot, start, stop in _by_slot(ascending, self._per_block):
-            if slot < len(self._table) and self._table[slot]:
-                found[order[start:stop]] = self._block(slot)[ascending[start:stop] - slot * self._per_block]
-        return found
+    def follow_header(self) -> None:
+        """Count on in the refcount table that the header names, durably, since now: it says what the one before said.
+        That one is retired, with its blocks. Nothing may wait to be written but refcounts that have fallen.
 
-    def end_of_use(self) -> int:
-        """The first host offset behind every cluster that has a refcount. Raises TruncatedImageError, OSError."""
-        for slot in reversed(np.flatnonzero(self._table).tolist()):
-            used = np.flatnonzero(self._block(slot))
-            if used.size:
-                last_cluster: int = slot * self._per_block + int(used[-1])
-                return last_cluster + 1 << self._cluster_bits
-        return 0
+        Raises TruncatedImageError, OSError; then nothing can be counted any more.
+        """
+        first, count = self.table_run
+        blocks = (self._table[self._table != 0] >> np.uint64(self._cluster_bits)).astype(np.int64)
+        self._begin()
+        self._hint = self._next = self._end = 0
+        self._file.metadata.release([*range(first, first + count), *blocks.tolist()])
+        self._retire(np.concatenate((np.arange(first, first + count, dtype=np.int64), blocks)), punch=False)
 
     def set_refcounts(self, slot: int, refcounts: npt.NDArray[np.uint64]) -> bool:
         """Replace the refcounts that the block of `slot` holds, for a rebuild; False if they were right already.
@@ -435,11 +415,6 @@ class Allocator:
         return self.retired_count > _MAX_RETIRED or len(self._blocks) > 2 * self._max_blocks
 
     @property
-    def per_block(self) -> int:
-        """Clusters that one refcount block describes."""
-        return self._per_block
-
-    @property
     def table_run(self) -> tuple[int, int]:
         """First cluster and number of clusters of the refcount table."""
         return self._table_offset >> self._cluster_bits, len(self._table) * 8 >> self._cluster_bits
@@ -479,59 +454,3 @@ class Allocator:
         self._new |= writes.new_slots
         self._dirty |= writes.dirty_slots
         self._table_is_new |= writes.table is not None
-
-    def written(self) -> None:
-        """What `take_writes` gave out is on disk."""
-        self._being_written = set()
-        while len(self._blocks) > self._max_blocks and self._forget_one():
-            pass
-
-    def _place(self, slot: int) -> int:
-        """Host offset of the block of a slot, 0 if it has none."""
-        return int(self._table[slot]) if slot < len(self._table) else 0
-
-    def _packed(self, slot: int) -> bytes:
-        return pack_block(self._blocks[slot].astype(np.uint64), self._order)
-
-    def _block(self, slot: int) -> Refcounts:
-        """The refcounts of a slot that has a block."""
-        block = self._blocks.get(slot)
-        if block is None:
-            place = self._place(slot)
-            if place & self._cluster_size - 1 or self._file.metadata.owner(place >> self._cluster_bits) != (
-                Structure.REFCOUNT_BLOCK
-            ):
-                raise self._file.corrupt("refcount table", f"entry {slot} is {place:#x}, no place for a block")
-            stored = read_structure(self._file.storage, "refcount block", place, self._cluster_size)
-            block = unpack_block(stored, self._order).astype(self._dtype)
-            if len(self._blocks) >= self._max_blocks:
-                self._forget_one()
-            self._blocks[slot] = block
-        return block
-
-    def _forget_one(self) -> bool:
-        """Drop the oldest block that is as it is on disk; False if none is."""
-        for slot in self._blocks:
-            if slot not in self._dirty and slot not in self._new and slot not in self._being_written:
-                del self._blocks[slot]
-                return True
-        return False
-
-
-def _by_slot(clusters: Clusters, per_block: int) -> list[tuple[int, int, int]]:
-    """(slot, start, stop) of the parts of ascending `clusters` that one refcount block describes."""
-    if not len(clusters):
-        return []
-    slots = clusters // per_block
-    starts = np.concatenate(([0], np.flatnonzero(slots[1:] != slots[:-1]) + 1))
-    stops = np.append(starts[1:], len(clusters))
-    return list(zip(slots[starts].tolist(), starts.tolist(), stops.tolist(), strict=True))
-
-
-def _runs(clusters: Clusters) -> list[tuple[int, int]]:
-    """(first, count) of the runs of ascending, distinct clusters."""
-    if not len(clusters):
-        return []
-    starts = np.concatenate(([0], np.flatnonzero(np.diff(clusters) != 1) + 1))
-    counts = np.diff(starts, append=len(clusters))
-    return list(zip(clusters[starts].tolist(), counts.tolist(), strict=True))

@@ -8,17 +8,27 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from qcow2_plugin.engine.header import read_structure
-from qcow2_plugin.errors import MissingReferenceError, about_file, printable
+from qcow2_plugin.errors import MissingReferenceError, UnfinishedTransactionError, about_file, printable
 from qcow2_plugin.format import bitmaps as format_bitmaps
 from qcow2_plugin.format import names
 from qcow2_plugin.format.bitmaps import Bitmap
 from qcow2_plugin.format.header import Header
+from qcow2_plugin.format.transaction import mark_of
 from qcow2_plugin.storage import Storage
 
 
 def read_bitmaps(storage: Storage, header: Header) -> list[Bitmap]:
-    """The persistent bitmaps, usable or not. Raises CorruptImageError, TruncatedImageError, OSError."""
+    """The persistent bitmaps, usable or not.
+
+    Raises CorruptImageError, TruncatedImageError, OSError; UnfinishedTransactionError if they are in doubt.
+    """
     with about_file(storage.path):
+        mark = mark_of(header)
+        if mark is not None:
+            raise UnfinishedTransactionError(
+                "the bitmaps are in doubt, since a change of those of several images was interrupted; finish it with "
+                f"'qcow2 bitmap recover RECORD', where RECORD is \"{printable(mark.record)}\" as seen from this image"
+            )
         pointer = header.bitmaps
         if pointer is None:
             return []

@@ -2,7 +2,8 @@
 
 A chain is opened from the top down, one layer at a time (`files`), and built from the bottom up. Each file is locked
 when it is opened and its header is read only after that, so no header can change in between. Opening changes no byte,
-not even for writing, and an image that must not be written to is refused.
+not even for writing, and an image that must not be written to is refused; but where a transaction was interrupted, the
+header of an image to be written is brought to where the transaction's record has it.
 """
 
 from __future__ import annotations
@@ -12,17 +13,20 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import NamedTuple
 
+from qcow2_plugin.engine import unfinished
 from qcow2_plugin.engine.files import ChainFiles
 from qcow2_plugin.engine.header import read_header, refusals
 from qcow2_plugin.engine.image import Image, Layer
 from qcow2_plugin.engine.layout import check_complete, check_tables
 from qcow2_plugin.engine.raw import RawDisk
 from qcow2_plugin.engine.snapshots import check_l1_table, find, read_snapshots
-from qcow2_plugin.errors import ReadOnlyImageError, about_file
+from qcow2_plugin.engine.unopened import UnopenedDisk
+from qcow2_plugin.errors import CorruptImageError, ReadOnlyImageError, UnfinishedTransactionError, about_file
 from qcow2_plugin.extent import GuestDisk
 from qcow2_plugin.format.header import Header
 from qcow2_plugin.format.snapshots import Snapshot
 from qcow2_plugin.storage import Storage
+from qcow2_plugin.storage.file import FileStorage
 from qcow2_plugin.storage.opener import Policy
 
 DEFAULT_CACHE_SIZE = 32 << 20
@@ -90,6 +94,33 @@ def open_image(
         return image
 
 
+def open_alone(
+    path: Path,
+    *,
+    writable: bool = False,
+    policy: Policy = Policy.CONFINED,
+    data_file: Path | None = None,
+    base_directory: Path | None = None,
+    cache_size: int = DEFAULT_CACHE_SIZE,
+) -> Image:
+    """`open_image` without what is below: for looks at the structures of an image, and changes of them.
+
+    Backing files need not be there, and are not looked for. What of the disk is in one can neither be read nor written
+    to: MissingReferenceError. The options are those of `open_image`. Raises what it does, but for backing files.
+    """
+    with ExitStack() as resources:
+        files = ChainFiles(resources, policy=policy, writable=writable, base_directory=base_directory)
+        storage = files.open_top(path)
+        header = _settled(_read_sound_header(storage, allow_damaged=False), storage, files, writable=writable)
+        data = files.open_data_file(header, storage, data_file) or storage
+        backing = None if header.backing_file is None else UnopenedDisk(storage.path)
+        layer = Layer(header, storage, data, backing, cache_size, False)
+        kept = ExitStack()
+        image = _writable_image(layer, kept) if writable else Image(layer, kept)
+        kept.push(resources.pop_all())
+        return image
+
+
 def _snapshot_of(layer: Layer, wanted: str | bytes | None) -> Snapshot | None:
     if wanted is None:
         return None
@@ -112,7 +143,7 @@ def check_writable(header: Header, storage: Storage) -> None:
     """
     if header.corrupt:
         raise ReadOnlyImageError(
-            "the image is marked as corrupt and not written to; repair it first with 'qemu-img check -r all'",
+            "the image is marked as corrupt and not written to; repair it first with 'qcow2 check -r all'",
             file=storage.path,
         )
     if header.data_file_raw and header.backing_file is not None:
@@ -153,8 +184,8 @@ def _open_layers(
     storage = files.open_top(path)
     while True:
         header = _read_sound_header(storage, allow_damaged=allow_damaged)
-        if writable and not layers:
-            check_writable(header, storage)
+        if not layers:
+            header = _settled(header, storage, files, writable=writable)
         data = files.open_data_file(header, storage, data_file)
         layers.append(_OpenedLayer(header, storage, data or storage))
         below = files.open_backing_file(header, storage, backing_file)
@@ -164,6 +195,22 @@ def _open_layers(
         if backing_format == "raw":
             return layers, RawDisk(storage)
         data_file = backing_file = None
+
+
+def _settled(header: Header, storage: FileStorage, files: ChainFiles, *, writable: bool) -> Header:
+    """The header of the top image, which may be in the middle of a transaction, and as `check_writable` wants it."""
+    settled = header
+    try:
+        settled = unfinished.look_up(header, lambda name: files.read_record(name, storage), storage.path)
+    except (UnfinishedTransactionError, CorruptImageError):
+        if writable:
+            raise  # to readers of the disk, bitmaps in doubt are no trouble until they ask for them
+    if writable:
+        check_writable(settled, storage)
+        if settled is not header:
+            unfinished.store(storage, header, settled)
+            return read_header(storage)
+    return settled
 
 
 def _read_sound_header(storage: Storage, *, allow_damaged: bool) -> Header:

@@ -15,6 +15,7 @@ from functools import partial
 
 from qcow2_plugin.errors import MissingReferenceError, ReferenceDeniedError, UnsupportedFeatureError, printable
 from qcow2_plugin.format.header import Header
+from qcow2_plugin.format.transaction import MAX_RECORD_SIZE
 from qcow2_plugin.storage import Storage
 from qcow2_plugin.storage.file import FileStorage
 from qcow2_plugin.storage.opener import Identity, Policy, open_given, open_reference
@@ -101,6 +102,19 @@ class ChainFiles:
             opened = self._open_named(header.backing_file, "backing file", image)
             self._below = os.path.dirname(os.path.join(self._below, header.backing_file))
         return opened, backing_format
+
+    def read_record(self, name: bytes, image: Storage) -> bytes:
+        """The transaction record that the top image names, or enough of it to see that it is none.
+
+        Raises as the opener does; OSError.
+        """
+        record = open_reference(
+            name, "transaction record", policy=self._policy, directory=self._directory or "", referrer=image.path
+        )
+        try:
+            return record.pread(MAX_RECORD_SIZE + 1, 0)
+        finally:
+            record.close()
 
     def _format_of_backing(self, header: Header, image: Storage) -> str:
         if header.backing_format is not None:

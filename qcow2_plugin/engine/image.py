@@ -151,7 +151,8 @@ class Image:
 
     def snapshots(self) -> list[Snapshot]:
         """The internal snapshots, read now. Raises CorruptImageError, TruncatedImageError, OSError."""
-        return snapshots.read_snapshots(self.layer.storage, self.header)
+        with self._lock:
+            return snapshots.read_snapshots(self.layer.storage, self.header)
 
     def bitmaps(self) -> list[Bitmap]:
         """The persistent bitmaps, usable or not, read now. Raises CorruptImageError, TruncatedImageError, OSError."""
@@ -160,14 +161,23 @@ class Image:
     def at_snapshot(self, wanted: str | bytes | Snapshot) -> Image:
         """The disk as an internal snapshot keeps it: one of `snapshots`, or found there by ID or else by name.
 
-        Read-only; it shares this image's files and is good until this image is closed. Raises MissingReferenceError if
-        there is no such snapshot, CorruptImageError or TruncatedImageError if its L1 table cannot be right.
+        Read-only; it shares this image's files and is good until this image is closed or the snapshot deleted. Raises
+        MissingReferenceError if there is no such snapshot, CorruptImageError or TruncatedImageError if its L1 table
+        cannot be right.
         """
         storage = self.layer.storage
-        found = wanted if isinstance(wanted, Snapshot) else snapshots.find(self.snapshots(), wanted, storage.path)
-        snapshots.check_l1_table(found, storage, self.header, allow_damaged=self.layer.allow_damaged)
-        layer = replace(self.layer, cache_size=self.layer.cache_size // 4)  # many may be in use beside the disk
-        return Image(layer, ExitStack(), found)
+        with self._lock:
+            header = self.header
+            if not isinstance(wanted, Snapshot):
+                wanted = snapshots.find(snapshots.read_snapshots(storage, header), wanted, storage.path)
+            elif self.writable and wanted not in snapshots.read_snapshots(storage, header):
+                raise snapshots.missing(wanted.id, storage.path)
+            snapshots.check_l1_table(wanted, storage, header, allow_damaged=self.layer.allow_damaged)
+            cache_size = self.layer.cache_size // 4  # many may be in use beside the disk
+            return self._view_of(replace(self.layer, header=header, cache_size=cache_size), wanted)
+
+    def _view_of(self, layer: Layer, snapshot: Snapshot) -> Image:
+        return Image(layer, ExitStack(), snapshot)
 
     def prefetch(self, offset: int, length: int) -> None:
         """Ask the system to have the range in memory soon; a hint, of which the first 64 MiB are taken.

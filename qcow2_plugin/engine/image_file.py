@@ -9,7 +9,8 @@ its tables cannot be overwritten through it. A violation marks the image corrupt
 system may already have forgotten which of it is not. So the handle takes no change any more, for good; reading goes on.
 The same holds for an image that was found corrupt, and for a file that others cut short.
 
-Header fields are changed by one narrow write inside the first sector, which a crash cannot tear.
+Header fields are changed by one narrow write inside the first sector, which a crash cannot tear. Where names or
+extensions change, `header_rewrite` says by which steps.
 
 **Lock.** The caller's, for everything that changes the map or the header.
 """
@@ -25,7 +26,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from qcow2_plugin.errors import CorruptImageError, FailedImageError, TruncatedImageError
+from qcow2_plugin.engine.header_rewrite import Step, plan_rewrite
+from qcow2_plugin.errors import CorruptImageError, FailedImageError, TruncatedImageError, about_file
 from qcow2_plugin.format.geometry import SECTOR_SIZE
 from qcow2_plugin.format.header import INCOMPATIBLE_CORRUPT, Header
 from qcow2_plugin.storage import WritableStorage
@@ -49,6 +51,8 @@ class Structure(enum.IntEnum):
     SNAPSHOT_L2_TABLE = 8
     """One that the active L1 table does not name."""
     BITMAP = 9
+    CONTESTED = 10
+    """Structures that overlap, in an image under repair: nothing is written there."""
 
     @property
     def title(self) -> str:
@@ -114,6 +118,37 @@ class MetadataMap:
             self._changes[cluster] = structure
         self._settle()
 
+    def claim_all(self, structure: Structure, clusters: Clusters) -> None:
+        """`claim` for clusters that need not be in line."""
+        self._changes.update(dict.fromkeys(clusters.tolist(), structure))
+        self._settle()
+
+    def keep(self, snapshot_l2_tables: Clusters) -> None:
+        """The L2 tables of snapshots are these now, also where the active disk shares them; one that nobody has any
+        more is no structure."""
+        kept = np.unique(snapshot_l2_tables)
+        dropped = np.setdiff1d(self._kept, kept, assume_unique=True).tolist()
+        self._kept = kept
+        self.release(cluster for cluster in dropped if self.owner(cluster) == Structure.SNAPSHOT_L2_TABLE)
+
+    @property
+    def kept(self) -> Clusters:
+        """The L2 tables of snapshots, ascending."""
+        return self._kept
+
+    def any_in(self, clusters: Clusters) -> bool:
+        """True if one of these ascending clusters holds a structure."""
+        if not len(clusters):
+            return False
+        first, last = int(clusters[0]), int(clusters[-1])
+        known, _ = self._settled
+        low, high = np.searchsorted(known, (first, last + 1))
+        changes = self._changes
+        held = [cluster for cluster in known[low:high].tolist() if changes.get(cluster, 1)]
+        held += [cluster for cluster, owner in changes.items() if owner and first <= cluster <= last]
+        places = np.minimum(np.searchsorted(clusters, held), len(clusters) - 1)
+        return bool((clusters[places] == held).any())
+
     def release(self, clusters: Iterable[int]) -> None:
         """These clusters hold no structure of the active disk any more."""
         for cluster in clusters:
@@ -141,6 +176,11 @@ def _place_of(cluster: int, clusters: Clusters) -> int | None:
     return place if place < len(clusters) and clusters[place] == cluster else None
 
 
+def _rest_of(header: Header) -> tuple[object, ...]:
+    """What of a header is behind its fixed fields, or moves that."""
+    return header.version, header.header_length, header.additional_fields, header.extensions, header.backing_file
+
+
 class ImageFile:
     """The image file, its header as it is on disk or about to be, and whether changes are still taken."""
 
@@ -164,21 +204,58 @@ class ImageFile:
         self.storage.write_from(data, host_offset)
 
     def update_header(self, **fields: Any) -> None:
-        """Change fixed fields of the header by one write inside its first sector.
+        """Change the header: fields, extensions, names, the version. A crash leaves the old one or the new one.
 
-        Raises OSError; then the header is as before, or the image takes no more changes.
+        What it names is durable before, by a barrier of the caller's; so is the new header itself after the next
+        one. Where the backing file's name is follows from the rest. Raises HeaderFullError, and OSError; then the
+        header is as before, or the image takes no more changes.
         """
         updated = replace(self.header, **fields)
+        if _rest_of(updated) != _rest_of(self.header):
+            stored = self.storage.pread(1 << self._cluster_bits, 0).ljust(1 << self._cluster_bits, b"\0")
+            with about_file(self.storage.path):
+                steps = plan_rewrite(stored, self.header, updated)
+            self._take_steps(stored, steps)
+            return
         before, after = self.header.pack(), updated.pack()
         different = [index for index in range(min(len(before), SECTOR_SIZE)) if before[index] != after[index]]
         if different:
             first, end = different[0], different[-1] + 1
-            try:
-                self.write(Structure.HEADER, after[first:end], first)
-            except OSError as error:
-                self._require_header(before[first:end], first, error)
-                raise
+            self._switch_header(before, after[first:end], first)
         self.header = updated
+
+    def _take_steps(self, stored: bytes, steps: list[Step]) -> None:
+        """Carry out what was planned for the header cluster `stored`.
+
+        Once a header with the new contents is in force, an error only means that it is less tidy than it could be.
+        """
+        has_switched = False
+        for number, step in enumerate(steps):
+            if number:
+                self.barrier()
+            try:
+                for place, data in step.writes:
+                    if step.header is None:
+                        self.write(Structure.HEADER, data, place)
+                    else:
+                        self._switch_header(stored, data, place)
+            except OSError:
+                if has_switched and self.failure is None:
+                    return
+                raise
+            for place, data in step.writes:
+                stored = stored[:place] + data + stored[place + len(data) :]
+            if step.header is not None:
+                self.header = step.header
+                has_switched = True
+
+    def _switch_header(self, before: bytes, data: bytes, host_offset: int) -> None:
+        """Write inside one sector of the header cluster, which began with `before`."""
+        try:
+            self.write(Structure.HEADER, data, host_offset)
+        except OSError as error:
+            self._require_header(before[host_offset : host_offset + len(data)], host_offset, error)
+            raise
 
     def _require_header(self, expected: bytes, host_offset: int, error: OSError) -> None:
         """After a failed write: take no more changes unless the old header is still there."""

@@ -232,7 +232,7 @@ def _require_own(snapshot_tables: Clusters, storage: Storage, header: Header) ->
         raise CorruptImageError(
             "L1 table",
             f"entry {index} is {int(entries[index]):#x}, but that L2 table is named elsewhere too; repair the image "
-            "with 'qemu-img check -r all'",
+            "with 'qcow2 check -r all'",
             host_offset=header.l1_table_offset,
             file=storage.path,
         )

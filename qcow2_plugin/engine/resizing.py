@@ -39,14 +39,7 @@ PREALLOCATIONS = ("off", "metadata", "falloc", "full")
 def resize(image: WritableImage, virtual_size: int, *, allow_shrink: bool, preallocation: str) -> None:
     """See `Image.resize`; the caller is alone. Raises ResizeError before anything changes; what `Image.write_from`
     raises."""
-    new_size = -(-virtual_size // SECTOR_SIZE) * SECTOR_SIZE
-    _require_possible(image, new_size, preallocation)
-    if new_size < image.virtual_size and not allow_shrink:
-        raise ResizeError(
-            f"shrinking the disk from {image.virtual_size} to {new_size} bytes loses what is behind; say that it may "
-            "shrink (option shrink) if that is meant",
-            file=image.layer.storage.path,
-        )
+    new_size = require_resizable(image, virtual_size, allow_shrink=allow_shrink, preallocation=preallocation)
     if new_size == image.virtual_size:
         return
     with image.locked():
@@ -60,14 +53,32 @@ def resize(image: WritableImage, virtual_size: int, *, allow_shrink: bool, preal
     _grow(image, new_size, preallocation)
 
 
-def _require_possible(image: WritableImage, new_size: int, preallocation: str) -> None:
+def require_resizable(
+    image: WritableImage, virtual_size: int, *, allow_shrink: bool, preallocation: str = "off", version: int = 0
+) -> int:
+    """The size in whole sectors that the disk would have. Raises ResizeError if it cannot have it.
+
+    `version` is that of the image then, by default the one of now.
+    """
+    new_size = -(-virtual_size // SECTOR_SIZE) * SECTOR_SIZE
+    _require_possible(image, new_size, preallocation, version or image.header.version)
+    if new_size < image.virtual_size and not allow_shrink:
+        raise ResizeError(
+            f"shrinking the disk from {image.virtual_size} to {new_size} bytes loses what is behind; say that it may "
+            "shrink (option shrink) if that is meant",
+            file=image.layer.storage.path,
+        )
+    return new_size
+
+
+def _require_possible(image: WritableImage, new_size: int, preallocation: str, version: int) -> None:
     header = image.header
     detail = None
     if preallocation not in PREALLOCATIONS:
         detail = f'preallocation "{preallocation}" is none of {", ".join(PREALLOCATIONS)}'
     elif not 0 <= new_size <= MAX_HOST_OFFSET or header.geometry.l1_entries_for(new_size) > MAX_L1_ENTRIES:
         detail = f"a disk of {new_size} bytes is too large for clusters of {header.geometry.cluster_size} bytes"
-    elif header.version < 3 and header.snapshot_count:
+    elif version < 3 and header.version < 3 and header.snapshot_count:
         detail = "an image of version 2 with internal snapshots cannot be resized: they do not record their own size"
     elif preallocation != "off" and new_size < image.virtual_size:
         detail = "preallocation is for growing"

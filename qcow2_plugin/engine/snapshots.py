@@ -55,8 +55,13 @@ def find(known: Iterable[Snapshot], wanted: str | bytes, path: str) -> Snapshot:
     """The snapshot with this ID or else this name. Raises MissingReferenceError."""
     found = format_snapshots.find(known, wanted)
     if found is None:
-        raise MissingReferenceError(f'the image has no internal snapshot "{printable(wanted)}"', file=path)
+        raise missing(wanted, path)
     return found
+
+
+def missing(wanted: str | bytes, path: str) -> MissingReferenceError:
+    """The error to raise about a snapshot that is not there."""
+    return MissingReferenceError(f'the image has no internal snapshot "{printable(wanted)}"', file=path)
 
 
 def check_l1_table(snapshot: Snapshot, storage: Storage, header: Header, *, allow_damaged: bool) -> None:

@@ -18,9 +18,21 @@ def standing_still(image: WritableImage) -> Iterator[None]:
     read has to be retired, not reused. The current thread must neither be in flight nor in a change. Raises
     FailedImageError, ImageClosedError, OSError.
     """
+    with at_rest(image):
+        image.get_ready()
+        yield
+
+
+@contextmanager
+def at_rest(image: WritableImage) -> Iterator[None]:
+    """`standing_still` for changes that leave the disk as it is: bitmaps are not held because of them.
+
+    An image that was opened just for that can crash then without making any bitmap stale. `get_ready` may be called
+    inside. Raises as `standing_still` does.
+    """
     with image.requests.alone(), image.write_back.turn, image.locked():
         image.require_open()
-        image.get_ready()
+        image.get_structures_ready()
         image.tables.forget_write_lanes()
         image.requests.drain()
         image.write_back.run_alone()

@@ -6,9 +6,10 @@ well formed and known to be stale; whoever makes backups makes a full one.
 
     begin         settled -> held   every enabled bitmap; durable before the first change of the disk
     mark                            in memory only
-    store_bits                      bits, to their place or to new clusters; durable with the refcounts of those before
-    store_tables                    table entries; durable before
-    finish        held -> settled   in_use is cleared
+    settle                          what follows, with the barriers between
+      store_bits                    bits, to their place or to new clusters; durable with the refcounts of those before
+      store_tables                  table entries; durable before
+      finish      held -> settled   in_use is cleared
 
 Bits are overwritten in place, which is safe while in_use is set. A table entry is written when the refcount of the
 cluster that it names, and the bits there, are durable, so that even a stale bitmap names no cluster that is somebody
@@ -34,7 +35,8 @@ between. Entries of a bitmap table are 8 bytes at multiples of 8.
 
 Bits are kept and written in *chunks*, a page or, where that is smaller, a cluster; memory follows what is marked.
 
-What has to be durable in between is the caller's business, but in `resize`.
+What has to be durable in between is the caller's business, but in `settle` and `resize`. Which bitmaps there are, and
+what they are called, is changed by `bitmap_changes`, which brings a new list (`adopt`).
 
 **Lock.** The image's, for everything here; for `resize`, which writes refcounts, no write-back may be running either.
 
@@ -43,7 +45,7 @@ Source: docs/interop/qcow2.rst, "Bitmaps".
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -51,7 +53,7 @@ import numpy.typing as npt
 
 from qcow2_plugin.engine.allocator import Allocator
 from qcow2_plugin.engine.header import read_structure
-from qcow2_plugin.engine.image_file import ImageFile, Structure
+from qcow2_plugin.engine.image_file import Clusters, ImageFile, Structure
 from qcow2_plugin.engine.writeback import write_refcounts_now
 from qcow2_plugin.errors import ResizeError, about_file, printable
 from qcow2_plugin.format import bits
@@ -66,13 +68,18 @@ from qcow2_plugin.format.bitmaps import (
 )
 from qcow2_plugin.format.geometry import MAX_BITMAP_DATA_SIZE
 
+Piece = tuple[int, npt.NDArray[np.uint8] | None]
+"""The number of a cluster of bits and the bits, None for ones all over."""
+
 _CHUNK_SIZE = 4096
 """Bytes of bits at most."""
+_ENTRIES_AT_ONCE = 65536
+"""Entries looked at together of a table that may be of any size."""
 
 
 @dataclass(slots=True, eq=False)
-class _Kept:
-    """One bitmap."""
+class Kept:
+    """One bitmap, as it is kept while the image is open for writing."""
 
     bitmap: Bitmap
     """As in the directory, but for in_use."""
@@ -83,6 +90,8 @@ class _Kept:
     """On disk, now."""
     is_lost: bool = False
     """A change of its structure failed half-way: it stays in use."""
+    is_in_doubt: bool = False
+    """Clearing in_use failed, so who knows what the disk says."""
     marks: dict[int, bytearray] = field(default_factory=dict)
     """Bits set since the image was opened, by number of chunk."""
     changed: set[int] = field(default_factory=set)
@@ -93,9 +102,16 @@ class _Kept:
     """Entries of the table that are not on disk."""
 
     @property
+    def reason(self) -> str | None:
+        """Why it must not be used, None if it may."""
+        if self.is_lost:
+            return "a change of its size has failed half-way"
+        return self.unusable_reason
+
+    @property
     def is_held(self) -> bool:
         """In use by us, and can be settled."""
-        return self.is_in_use and self.unusable_reason is None and not self.is_lost
+        return self.is_in_use and self.reason is None
 
 
 class BitmapTracker:
@@ -110,7 +126,7 @@ class BitmapTracker:
         pointer = file.header.bitmaps
         directory_offset = 0 if pointer is None else pointer.directory_offset
         self._kept = [
-            _Kept(
+            Kept(
                 bitmap,
                 directory_offset + offset,
                 bitmap.unusable_reason(self._virtual_size, self._cluster_size),
@@ -118,7 +134,17 @@ class BitmapTracker:
             )
             for bitmap, offset in zip(bitmaps, entry_offsets(bitmaps), strict=True)
         ]
-        self._tracked = [each for each in self._kept if each.bitmap.auto and each.unusable_reason is None]
+        self._tracked = _tracked(self._kept)
+        self._first_size = file.storage.size()
+
+    @property
+    def kept(self) -> list[Kept]:
+        """The bitmaps, in the order of the directory."""
+        return list(self._kept)
+
+    def adopt(self, kept: list[Kept]) -> None:
+        """From now on these are the bitmaps: the directory says so."""
+        self._kept, self._tracked = kept, _tracked(kept)
 
     @property
     def is_empty(self) -> bool:
@@ -161,7 +187,7 @@ class BitmapTracker:
                     return False
         return True
 
-    def _parts(self, each: _Kept, offset: int, length: int) -> Iterator[tuple[int, int, int]]:
+    def _parts(self, each: Kept, offset: int, length: int) -> Iterator[tuple[int, int, int]]:
         """(chunk, first bit in it, one past the last) for a guest range that is not empty."""
         granularity_bits, per_chunk = each.bitmap.granularity_bits, 8 * self._chunk_size
         first, last = offset >> granularity_bits, offset + length - 1 >> granularity_bits
@@ -177,11 +203,11 @@ class BitmapTracker:
         Raises CorruptImageError, TruncatedImageError, OSError; then it can be tried again.
         """
         held = [each for each in self._kept if each.is_held]
-        homeless: list[tuple[_Kept, int]] = []
+        homeless: list[tuple[Kept, int]] = []
         for each in held:
             for chunk in sorted(each.changed):
                 index, number = divmod(chunk, self._chunks_per_cluster)
-                entry = int(self._table_of(each)[index])
+                entry = int(self.table_of(each)[index])
                 if entry > bits.TABLE_ALL_ONES:
                     self._merge_bits(each, chunk, entry + number * self._chunk_size)
                 elif not entry and (each, index) not in homeless[-1:]:
@@ -199,18 +225,18 @@ class BitmapTracker:
             allocator.release(runs)
             raise
         for (each, index), place in zip(homeless, places, strict=True):
-            self._table_of(each)[index] = place
+            self.table_of(each)[index] = place
             each.unwritten.add(index)
         for each in held:
             each.changed.clear()
 
-    def _merge_bits(self, each: _Kept, chunk: int, host_offset: int) -> None:
-        stored = self._read_bits(each, host_offset, self._chunk_size)
+    def _merge_bits(self, each: Kept, chunk: int, host_offset: int) -> None:
+        stored = self.read_bits(each, host_offset, self._chunk_size)
         merged = (np.frombuffer(stored, dtype=np.uint8) | np.frombuffer(each.marks[chunk], dtype=np.uint8)).tobytes()
         if merged != stored:
             self._write(merged, host_offset)
 
-    def _whole(self, each: _Kept, index: int) -> bytes:
+    def _whole(self, each: Kept, index: int) -> bytes:
         """All marks of one cluster of bits."""
         nothing = bytes(self._chunk_size)
         return b"".join(each.marks.get(chunk, nothing) for chunk in self._chunks(index))
@@ -219,14 +245,34 @@ class BitmapTracker:
         """The chunks of one cluster of bits."""
         return range(index * self._chunks_per_cluster, (index + 1) * self._chunks_per_cluster)
 
-    def store_tables(self) -> None:
-        """Write what the tables of held bitmaps have to say about new clusters. Raises CorruptImageError, OSError."""
+    def store_tables(self) -> bool:
+        """Write what the tables of held bitmaps have to say about new clusters. True if something was written.
+
+        Raises CorruptImageError, OSError.
+        """
+        has_written = False
         for each in self._kept:
             if each.is_held and each.unwritten:
-                table = self._table_of(each)
+                table = self.table_of(each)
                 for index in sorted(each.unwritten):
                     self._write(int(table[index]).to_bytes(8, "big"), each.bitmap.table_offset + 8 * index)
                 each.unwritten.clear()
+                has_written = True
+        return has_written
+
+    def settle(self, allocator: Allocator, write_back: Callable[[], None]) -> None:
+        """Store and settle what is held, durably; `write_back` brings refcounts to disk, and a barrier behind them.
+
+        Raises what it does, and what the steps do.
+        """
+        if not self.has_held:
+            return
+        self.store_bits(allocator)
+        write_back()
+        if self.store_tables():
+            self._file.barrier()
+        self.finish()
+        self._file.barrier()
 
     def finish(self) -> None:
         """Settle the held bitmaps, but those that are not stored, or do not fit the disk since a resize failed.
@@ -237,8 +283,9 @@ class BitmapTracker:
             return
         for each in self._kept:
             if each.is_held and not each.changed and not each.unwritten:
+                each.is_in_doubt = True
                 self._write_flags(each, each.bitmap.flags)
-                each.is_in_use = False
+                each.is_in_use = each.is_in_doubt = False
 
     # -- another size of the disk --
 
@@ -263,7 +310,7 @@ class BitmapTracker:
         """
         self.require_resizable(new_size)
         for each in self._kept:
-            self._table_of(each)  # an error in one of them must come before anything changes
+            self.table_of(each)  # an error in one of them must come before anything changes
         if self._hold(self._kept):
             self._file.barrier()
         if new_size > self._virtual_size:
@@ -273,7 +320,7 @@ class BitmapTracker:
         self._virtual_size = new_size
 
     def _grow(self, new_size: int, allocator: Allocator) -> None:
-        longer: list[tuple[_Kept, Bitmap]] = []
+        longer: list[tuple[Kept, Bitmap]] = []
         moved: list[tuple[int, int]] = []
         try:
             for each in self._kept:
@@ -296,10 +343,10 @@ class BitmapTracker:
                 first = each.bitmap.table_offset // self._cluster_size
                 allocator.retire_table(first, self._table_clusters(each.bitmap.table_entries))
             added = np.zeros(bitmap.table_entries - each.bitmap.table_entries, dtype=np.uint64)
-            each.table = np.concatenate((self._table_of(each), added))
+            each.table = np.concatenate((self.table_of(each), added))
             each.bitmap = bitmap
 
-    def _publish(self, longer: list[tuple[_Kept, Bitmap]]) -> None:
+    def _publish(self, longer: list[tuple[Kept, Bitmap]]) -> None:
         """Change the directory to what it has to say about longer tables."""
         try:
             moved = [each for each in longer if each[0].bitmap.table_offset != each[1].table_offset]
@@ -314,7 +361,7 @@ class BitmapTracker:
             self._lose(each for each, _ in longer)
             raise
 
-    def _lengthen(self, each: _Kept, entries: int, allocator: Allocator, moved: list[tuple[int, int]]) -> Bitmap:
+    def _lengthen(self, each: Kept, entries: int, allocator: Allocator, moved: list[tuple[int, int]]) -> Bitmap:
         """The bitmap with room for so many entries, written, but for the directory; what was allocated in `moved`."""
         bitmap = each.bitmap
         table_clusters = self._table_clusters(entries)
@@ -325,12 +372,12 @@ class BitmapTracker:
         length = table_clusters * self._cluster_size
         place = allocator.allocate_table(Structure.BITMAP, length)
         moved.append((place, length))
-        content = self._table_of(each).astype(">u8").tobytes()
+        content = self.table_of(each).astype(">u8").tobytes()
         self._write(content.ljust(length, b"\0"), place)
         return replace(bitmap, table_offset=place, table_entries=entries)
 
     def _shrink(self, new_size: int, allocator: Allocator) -> None:
-        cut: list[tuple[_Kept, int]] = []
+        cut: list[tuple[Kept, int]] = []
         for each in self._kept:
             entries = table_entries_for(new_size, each.bitmap.granularity_bits, self._cluster_size)
             if entries < each.bitmap.table_entries:
@@ -348,11 +395,10 @@ class BitmapTracker:
             self._lose(self._kept)
             raise
 
-    def _cut_off(self, each: _Kept, entries: int, allocator: Allocator) -> None:
+    def _cut_off(self, each: Kept, entries: int, allocator: Allocator) -> None:
         """Forget what lies behind so many entries of the table; on disk they are gone."""
-        table = self._table_of(each)
-        behind = table[entries:]
-        clusters = (behind[behind > bits.TABLE_ALL_ONES] // np.uint64(self._cluster_size)).astype(np.int64)
+        table = self.table_of(each)
+        clusters = _clusters_in(table[entries:], self._cluster_size)
         self._file.metadata.release(clusters.tolist())
         allocator.retire(clusters)
         kept_clusters, table_clusters = map(self._table_clusters, (entries, each.bitmap.table_entries))
@@ -366,12 +412,12 @@ class BitmapTracker:
         each.changed = {chunk for chunk in each.changed if chunk < chunk_count}
         each.unwritten = {index for index in each.unwritten if index < entries}
 
-    def _clear_tail(self, each: _Kept, virtual_size: int) -> None:
+    def _clear_tail(self, each: Kept, virtual_size: int) -> None:
         """Clear the bits behind the end of a disk of this size in the cluster of bits that it ends in."""
         index, bit = divmod(-(-virtual_size >> each.bitmap.granularity_bits), 8 * self._cluster_size)
         if not bit:
             return
-        table = self._table_of(each)
+        table = self.table_of(each)
         entry = int(table[index])
         if entry == bits.TABLE_ALL_ONES:  # stands for bits behind the end too: these have to be stored one by one
             table[index] = 0
@@ -379,7 +425,7 @@ class BitmapTracker:
                 each.marks[chunk] = bytearray(b"\xff" * self._chunk_size)
                 each.changed.add(chunk)
         elif entry:
-            stored = bytearray(self._read_bits(each, entry, self._cluster_size))
+            stored = bytearray(self.read_bits(each, entry, self._cluster_size))
             before = bytes(stored)
             bits.clear_from(stored, bit)
             if stored != before:
@@ -396,36 +442,85 @@ class BitmapTracker:
 
     # -- reading and writing --
 
-    def _hold(self, wanted: Iterable[_Kept]) -> bool:
+    def clusters_of(self, each: Kept) -> list[Clusters]:
+        """The clusters of its table and those of its bits. Of one that nobody can use those that nobody else has; none
+        if that is not known. Raises CorruptImageError, TruncatedImageError, OSError."""
+        bitmap = each.bitmap
+        first = bitmap.table_offset // self._cluster_size
+        parts = [np.arange(first, first + self._table_clusters(bitmap.table_entries), dtype=np.int64)]
+        if each.reason is None:
+            return [*parts, _clusters_in(self.table_of(each), self._cluster_size)]
+        if each.is_lost or bitmap.table_offset + 8 * bitmap.table_entries > self._first_size:
+            return []
+        for index in range(0, bitmap.table_entries, _ENTRIES_AT_ONCE):
+            count = min(_ENTRIES_AT_ONCE, bitmap.table_entries - index)
+            entries = self._read_entries(bitmap.table_offset + 8 * index, count)
+            is_ours = bits.is_sound(entries, self._cluster_size)  # and was in the file, or it was never ours
+            is_ours &= entries + np.uint64(self._cluster_size) <= np.uint64(self._first_size)
+            parts.append(_clusters_in(entries[is_ours], self._cluster_size))
+        return parts
+
+    def pieces_of(self, each: Kept) -> Iterator[Piece]:
+        """What it marks now, on disk or in memory. Raises CorruptImageError, TruncatedImageError, OSError."""
+        table = self.table_of(each)
+        marked = {chunk // self._chunks_per_cluster for chunk in each.marks}
+        for index in sorted(marked.union(np.flatnonzero(table).tolist())):
+            entry = int(table[index])
+            if entry == bits.TABLE_ALL_ONES:
+                yield index, None
+                continue
+            stored = self.read_bits(each, entry, self._cluster_size) if entry else bytes(self._cluster_size)
+            packed = np.frombuffer(stored, dtype=np.uint8)
+            if index in marked:
+                packed = packed | np.frombuffer(self._whole(each, index), dtype=np.uint8)
+            yield index, packed
+
+    def _hold(self, wanted: Iterable[Kept]) -> bool:
         """Set in_use where it is not set. True if something was written."""
-        settled = [each for each in wanted if not each.is_in_use]
+        settled = [each for each in wanted if not each.is_in_use or each.is_in_doubt]
         for each in settled:
             self._write_flags(each, each.bitmap.flags | FLAG_IN_USE)
-            each.is_in_use = True
+            each.is_in_use, each.is_in_doubt = True, False
         return bool(settled)
 
-    def _lose(self, lost: Iterable[_Kept]) -> None:
+    def _lose(self, lost: Iterable[Kept]) -> None:
         for each in lost:
             each.is_lost = True
 
-    def _write_flags(self, each: _Kept, flags: int) -> None:
+    def _write_flags(self, each: Kept, flags: int) -> None:
         self._write_field(each, FLAGS_AT, flags, 4)
 
-    def _write_field(self, each: _Kept, at: int, value: int, size: int) -> None:
+    def _write_field(self, each: Kept, at: int, value: int, size: int) -> None:
         self._write(value.to_bytes(size, "big"), each.entry_offset + at)
 
     def _write(self, data: bytes, host_offset: int) -> None:
         self._file.write(Structure.BITMAP, data, host_offset)
 
-    def _table_of(self, each: _Kept) -> npt.NDArray[np.uint64]:
+    def table_of(self, each: Kept) -> npt.NDArray[np.uint64]:
+        """Its table. Raises CorruptImageError, TruncatedImageError, OSError."""
         if each.table is None:
             bitmap = each.bitmap
-            stored = read_structure(self._file.storage, "bitmap table", bitmap.table_offset, 8 * bitmap.table_entries)
-            each.table = np.frombuffer(stored, dtype=">u8").astype(np.uint64)
+            each.table = self._read_entries(bitmap.table_offset, bitmap.table_entries)
             with about_file(self._file.storage.path):
                 bits.check_table(each.table, self._cluster_size)
         return each.table
 
-    def _read_bits(self, each: _Kept, host_offset: int, length: int) -> bytes:
+    def _read_entries(self, host_offset: int, count: int) -> npt.NDArray[np.uint64]:
+        stored = read_structure(self._file.storage, "bitmap table", host_offset, 8 * count)
+        return np.frombuffer(stored, dtype=">u8").astype(np.uint64)
+
+    def read_bits(self, each: Kept, host_offset: int, length: int) -> bytes:
+        """Bits at this place. Raises TruncatedImageError, OSError."""
         name = f'bitmap "{printable(each.bitmap.name)}"'
         return read_structure(self._file.storage, name, host_offset, length)
+
+
+def _tracked(kept: Iterable[Kept]) -> list[Kept]:
+    """Those that follow the disk."""
+    return [each for each in kept if each.bitmap.auto and each.unusable_reason is None]
+
+
+def _clusters_in(entries: npt.NDArray[np.uint64], cluster_size: int) -> Clusters:
+    """The clusters of bits that table entries name."""
+    named: Clusters = (entries[entries > bits.TABLE_ALL_ONES] // np.uint64(cluster_size)).astype(np.int64)
+    return named

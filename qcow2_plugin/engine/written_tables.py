@@ -111,7 +111,7 @@ class WrittenTables(Tables):
         """Host offset of the L2 table that an L1 entry points to, 0 for none. Raises CorruptImageError."""
         table_offset = super().l2_table_offset(l1_entry, l1_index)
         owner = self._file.metadata.owner(table_offset >> self.source.rules.geometry.cluster_bits)
-        if table_offset and owner not in (0, Structure.L2_TABLE):
+        if table_offset and owner not in (0, Structure.L2_TABLE, Structure.SNAPSHOT_L2_TABLE):  # some are named twice
             raise self._corrupt_l1(l1_index, f"points into the {Structure(owner).title}")
         return table_offset
 

@@ -14,7 +14,8 @@ import struct
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from qcow2_plugin.errors import CorruptImageError, NotQcow2Error, OptionError, UnsupportedFeatureError, printable
+from qcow2_plugin.errors import CorruptImageError, NotQcow2Error, OptionError, UnsupportedFeatureError
+from qcow2_plugin.format import feature_names
 from qcow2_plugin.format import geometry as limits
 from qcow2_plugin.format.geometry import Geometry
 from qcow2_plugin.format.snapshots import MIN_ENTRY_SIZE as MIN_SNAPSHOT_ENTRY_SIZE
@@ -42,24 +43,14 @@ EXTENSION_FEATURE_NAMES = 0x6803F857
 EXTENSION_BITMAPS = 0x23852875
 EXTENSION_ENCRYPTION = 0x0537BE77
 
+_ORDER = (EXTENSION_BITMAPS, EXTENSION_DATA_FILE, EXTENSION_BACKING_FORMAT, EXTENSION_ENCRYPTION, None)
+"""Of extensions; None stands for those that are not known."""
+
 _COMMON = struct.Struct(">IIQIIQIIQQIIQ")
 _VERSION_3 = struct.Struct(">QQQII")
 _EXTENSION = struct.Struct(">II")
 _BITMAPS = struct.Struct(">IIQQ")
 _ENCRYPTION = struct.Struct(">QQ")
-_FEATURE_NAME = struct.Struct(">BB46s")
-_MIN_CLUSTER_BITS_WITH_FEATURE_NAMES = 13
-_FEATURE_NAMES = (
-    (0, 0, b"dirty bit"),
-    (0, 1, b"corrupt bit"),
-    (0, 2, b"external data file"),
-    (0, 3, b"compression type"),
-    (0, 4, b"extended L2 entries"),
-    (1, 0, b"lazy refcounts"),
-    (2, 0, b"bitmaps"),
-    (2, 1, b"raw external data"),
-)
-"""Kind (incompatible, compatible, autoclear), bit, name."""
 
 
 class EncryptionMethod(enum.IntEnum):
@@ -103,6 +94,10 @@ class BitmapsPointer(NamedTuple):
     bitmap_count: int
     directory_size: int
     directory_offset: int
+
+    def pack(self) -> bytes:
+        """The extension's data."""
+        return _BITMAPS.pack(self.bitmap_count, 0, self.directory_size, self.directory_offset)
 
     @property
     def table(self) -> Table:
@@ -283,19 +278,45 @@ class Header:
             extensions.append(_extension(EXTENSION_BACKING_FORMAT, backing_format))
         if data_file is not None:
             extensions.append(_extension(EXTENSION_DATA_FILE, data_file))
-        if self.version > 2 and self.cluster_bits >= _MIN_CLUSTER_BITS_WITH_FEATURE_NAMES:
-            table = b"".join(_FEATURE_NAME.pack(*name) for name in _FEATURE_NAMES)
+        table = self.usual_feature_names
+        if table is not None:
             extensions.append(_extension(EXTENSION_FEATURE_NAMES, table))
-        bare = replace(self, backing_file=None, backing_file_offset=0, extensions=tuple(extensions))
-        end = len(bare.pack())
-        if end + len(backing_file or b"") > self.geometry.cluster_size:
+        named = replace(self, backing_file=backing_file, extensions=tuple(extensions)).laid_out()
+        if len(named.pack()) > self.geometry.cluster_size:
             raise OptionError(
                 f"a header cluster of {self.geometry.cluster_size} bytes has no room for the names of the other files; "
                 "take larger clusters, or shorter names"
             )
-        if backing_file is None:
+        return named
+
+    def with_extension(self, extension_type: int, data: bytes | None) -> Header:
+        """This header with `data` as its only extension of this type, where it was or else before those that change
+        less often; with none if `data` is None. Nobody has asked whether the header cluster has room for it."""
+        place = next((index for index, known in enumerate(self.extensions) if known.type == extension_type), None)
+        extensions = [known for known in self.extensions if known.type != extension_type]
+        if data is not None:
+            if place is None:
+                ranks = [extension_rank(known.type) for known in extensions]
+                place = sum(rank <= extension_rank(extension_type) for rank in ranks)
+            extensions.insert(place, _extension(extension_type, data))
+        return replace(self, extensions=tuple(extensions)).laid_out()
+
+    def laid_out(self) -> Header:
+        """This header with all that is behind its fields in a row: the extensions, the end marker, the backing file's
+        name. It may be longer than the header cluster."""
+        extensions = tuple(
+            known if len(known.padding) == -len(known.data) % 8 else _extension(known.type, known.data)
+            for known in self.extensions
+        )
+        bare = replace(self, backing_file=None, backing_file_offset=0, has_end_marker=True, extensions=extensions)
+        if self.backing_file is None:
             return bare
-        return replace(bare, backing_file=backing_file, backing_file_offset=end)
+        return replace(bare, backing_file=self.backing_file, backing_file_offset=len(bare.pack()))
+
+    @property
+    def usual_feature_names(self) -> bytes | None:
+        """The table of feature names that QEMU gives such an image; None if it gives it none."""
+        return feature_names.usual_table(self.version, self.cluster_bits)
 
     @property
     def virtual_size(self) -> int:
@@ -389,15 +410,10 @@ class Header:
         unknown = self.incompatible_features & ~INCOMPATIBLE_KNOWN
         if not unknown:
             return
-        names = self._incompatible_feature_names()
+        names = feature_names.incompatible_names(self.extension_data(EXTENSION_FEATURE_NAMES) or b"")
         bits = [bit for bit in range(64) if unknown >> bit & 1]
         described = ", ".join(names.get(bit) or f"bit {bit}" for bit in bits)
         raise UnsupportedFeatureError(f"the image uses unknown incompatible features ({unknown:#x}): {described}")
-
-    def _incompatible_feature_names(self) -> dict[int, str]:
-        table = self.extension_data(EXTENSION_FEATURE_NAMES) or b""
-        entries = _FEATURE_NAME.iter_unpack(table[: len(table) // _FEATURE_NAME.size * _FEATURE_NAME.size])
-        return {bit: printable(name.split(b"\0", 1)[0]) for kind, bit, name in entries if kind == 0}
 
     def _is_table_offset(self, offset: int, length: int) -> bool:
         return not offset % self.geometry.cluster_size and offset + length <= limits.MAX_HOST_OFFSET
@@ -441,6 +457,14 @@ class Header:
         offset, length = _ENCRYPTION.unpack(data)
         if not offset or not self._is_table_offset(offset, length):
             raise CorruptImageError("encryption header extension", f"points to host offset {offset:#x}")
+
+
+def extension_rank(extension_type: int) -> int:
+    """Where an extension stands among others: the more often it changes, the further in front, in the first sector;
+    the table of feature names, which nobody needs, is last."""
+    if extension_type == EXTENSION_FEATURE_NAMES:
+        return len(_ORDER)
+    return _ORDER.index(extension_type if extension_type in _ORDER else None)
 
 
 def _extension(extension_type: int, data: bytes) -> HeaderExtension:

@@ -60,6 +60,25 @@ def count_used(block: bytes | memoryview, refcount_order: int, count: int) -> in
     return int(np.count_nonzero(bits[:count].any(axis=1)))
 
 
+def by_block(clusters: npt.NDArray[np.int64], per_block: int) -> list[tuple[int, int, int]]:
+    """(index of the block, start, stop) of the parts of ascending `clusters` that one refcount block describes."""
+    if not len(clusters):
+        return []
+    blocks = clusters // per_block
+    starts = np.concatenate(([0], np.flatnonzero(blocks[1:] != blocks[:-1]) + 1))
+    stops = np.append(starts[1:], len(clusters))
+    return list(zip(blocks[starts].tolist(), starts.tolist(), stops.tolist(), strict=True))
+
+
+def runs_of(clusters: npt.NDArray[np.int64]) -> list[tuple[int, int]]:
+    """(first, count) of the runs of ascending, distinct clusters."""
+    if not len(clusters):
+        return []
+    starts = np.concatenate(([0], np.flatnonzero(np.diff(clusters) != 1) + 1))
+    counts = np.diff(starts, append=len(clusters))
+    return list(zip(clusters[starts].tolist(), counts.tolist(), strict=True))
+
+
 def first_free_run(refcounts: npt.NDArray[Any], start: int) -> tuple[int, int] | None:
     """(index, count) of the first run of zeros at or behind `start`, None if there is none.
 

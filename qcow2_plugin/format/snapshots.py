@@ -33,6 +33,13 @@ class Snapshot:
     vm_state_size_32: int
     extra: bytes
 
+    @classmethod
+    def of_disk(cls, id: bytes, name: bytes, date: tuple[int, int], l1_size: int, virtual_size: int) -> Snapshot:
+        """A snapshot of a disk without a running machine, whose L1 table has no place yet; `date` in seconds and
+        nanoseconds since the epoch."""
+        extra = b"".join(map(_UINT64.pack, (0, virtual_size, _NO_ICOUNT)))
+        return cls(0, l1_size, id, name, *date, 0, 0, extra)
+
     @property
     def vm_state_size(self) -> int:
         """Bytes of VM state; the 64-bit field wins where it exists."""

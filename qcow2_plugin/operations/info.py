@@ -25,6 +25,7 @@ from qcow2_plugin.format.header import (
     Header,
 )
 from qcow2_plugin.format.luks import HEADER_LENGTH, LuksHeader
+from qcow2_plugin.format.snapshots import Snapshot
 from qcow2_plugin.storage import Storage
 from qcow2_plugin.storage.opener import Policy, open_given
 
@@ -221,18 +222,20 @@ def _snapshots(storage: Storage, header: Header, limit: int | None, problems: li
     except Qcow2Error as error:
         problems.append(f"the snapshots cannot be read: {error.detail}")
         return ()
-    return tuple(
-        SnapshotInfo(
-            names.to_text(snapshot.id),
-            names.to_text(snapshot.name),
-            snapshot.virtual_size(header.virtual_size),
-            snapshot.vm_state_size,
-            snapshot.date_seconds,
-            snapshot.date_nanoseconds,
-            snapshot.vm_clock_nanoseconds,
-            snapshot.icount,
-        )
-        for snapshot in found
+    return tuple(snapshot_info(snapshot, header) for snapshot in found)
+
+
+def snapshot_info(snapshot: Snapshot, header: Header) -> SnapshotInfo:
+    """A snapshot of the image with this header, for people."""
+    return SnapshotInfo(
+        names.to_text(snapshot.id),
+        names.to_text(snapshot.name),
+        snapshot.virtual_size(header.virtual_size),
+        snapshot.vm_state_size,
+        snapshot.date_seconds,
+        snapshot.date_nanoseconds,
+        snapshot.vm_clock_nanoseconds,
+        snapshot.icount,
     )
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from qcow2_plugin.engine.header import read_header, refusals
 from qcow2_plugin.errors import NotQcow2Error, Qcow2Error, printable
 from qcow2_plugin.format.header import Header
+from qcow2_plugin.format.transaction import is_marked
 from qcow2_plugin.storage.opener import Policy, broken_rule, open_given
 
 
@@ -69,6 +70,8 @@ def vet(path: str | os.PathLike[str], *, policy: Policy = Policy.CONFINED, force
 
 def _reasons(header: Header, policy: Policy) -> list[str]:
     reasons = [refusal.detail for refusal in refusals(header)]
+    if is_marked(header):
+        reasons.append("it takes part in a change of the bitmaps of several images, which was interrupted")
     if header.has_data_file:
         reasons += _against_name(header.data_file, "data file", policy)
     if header.backing_file is not None:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import errno
 import os
+from contextlib import suppress
 
+_CANNOT_LINK = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
 _CANNOT_SYNC = frozenset({errno.EINVAL, errno.EBADF, errno.EOPNOTSUPP, errno.ENOSYS})
 
 
@@ -24,6 +26,49 @@ def remove(path: str | os.PathLike[str], identity: tuple[int, int]) -> None:
     """Remove the name if it still is that of this file. Raises OSError."""
     if identity_of(path) == identity:
         os.unlink(path)
+
+
+def write_new(path: str, content: bytes) -> None:
+    """Make a file of this name that does not exist yet, with `content`, which is durable before this returns; the name
+    is when the directory is. Raises FileExistsError and other OSError with the path; then there is no such file."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        try:
+            rest = memoryview(content)
+            while rest:
+                rest = rest[os.write(fd, rest) :]
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+    except BaseException as error:
+        with suppress(OSError):  # the error that led here says more
+            os.unlink(path)
+        if isinstance(error, OSError):
+            error.filename = path
+        raise
+
+
+def replace(path: str, successor: str) -> None:
+    """Let `path` name what `successor` does, which is no name any more; durable when the directory is. Raises OSError,
+    and then nothing has changed."""
+    os.replace(successor, path)
+
+
+def give_name(temporary: str, path: str | os.PathLike[str]) -> None:
+    """Let the file of a temporary name have the name `path` instead, which nothing has so far.
+
+    Both are in one directory. Raises FileExistsError if something has that name, OSError.
+    """
+    try:
+        os.link(temporary, path)
+    except OSError as error:
+        if error.errno not in _CANNOT_LINK:
+            raise
+        if os.path.lexists(path):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), os.fspath(path)) from error
+        os.rename(temporary, path)
+    else:
+        os.unlink(temporary)
 
 
 def make_names_durable(directory: str) -> None:

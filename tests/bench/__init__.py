@@ -6,7 +6,7 @@ tables of figures and ratios. It judges nothing: no figure makes it fail, and py
     __main__            options, order of the sections, cleaning up
     images              the disks and images that are measured
     servers             NBD servers, started and ended
-    nbd, writes, tools, memory
+    nbd, writes, tools, care, memory
                         one family of measurements each
     fio                 the client that reads and writes
     in_process          the part that runs inside a fresh Python with the package imported

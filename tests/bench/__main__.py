@@ -10,14 +10,23 @@ import sys
 import tempfile
 from pathlib import Path
 
-from . import memory, nbd, report, tools, writes
+from . import care, memory, nbd, report, tools, writes
 from .processes import BenchError
 from .settings import Settings
 
 SUFFIXES = {"K": 10, "M": 20, "G": 30, "T": 40}
 TABLES_SIZE = 512 << 20
 """Room for the images that are only tables."""
-FAMILIES = (nbd.measure, writes.measure, tools.creates, tools.maps, tools.infos, tools.opens, memory.measure)
+FAMILIES = (
+    nbd.measure,
+    writes.measure,
+    tools.creates,
+    tools.maps,
+    tools.infos,
+    tools.opens,
+    care.measure,
+    memory.measure,
+)
 """Each yields its table, then fills it: what was measured before something fails is kept."""
 
 
@@ -34,7 +43,7 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
         default="",
         metavar="TEXT",
         help='only measurements with this in their name, such as "fio plain", "write plain", "fresh", "depth 32", '
-        '"create", "map", "info", "memory"',
+        '"create", "map", "info", "care", "memory"',
     )
     parser.add_argument("--json", type=Path, default=Path("bench.json"), metavar="FILE", help="(default: bench.json)")
     parser.add_argument(

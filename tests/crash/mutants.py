@@ -199,14 +199,14 @@ def bitmap_settled_before_its_bits(patch: Patch) -> None:
 
 def clean_before_the_refcounts(patch: Patch) -> None:
     """The dirty bit is cleared, and then the refcounts are corrected."""
-    original = rebuild._set_refcounts
+    original = rebuild.set_refcounts
 
     def set_refcounts(file: ImageFile, *arguments: Any) -> None:
         file.update_header(incompatible_features=file.header.incompatible_features & ~INCOMPATIBLE_DIRTY)
         file.barrier()
         original(file, *arguments)
 
-    patch.setattr(rebuild, "_set_refcounts", set_refcounts)
+    patch.setattr(rebuild, "set_refcounts", set_refcounts)
 
 
 def raw_zeros_after_the_tables(patch: Patch) -> None:
@@ -407,7 +407,9 @@ def watch_barriers(patch: Patch) -> set[BarrierSite]:
     found: set[BarrierSite] = set()
 
     def barrier(self: ImageFile, storage: WritableStorage | None = None) -> None:
-        found.add(_caller())
+        site = _caller()
+        if site is not None:
+            found.add(site)
         original(self, storage)
 
     patch.setattr(ImageFile, "barrier", barrier)
@@ -425,8 +427,8 @@ def skip_barrier(patch: Patch, site: BarrierSite) -> None:
     patch.setattr(ImageFile, "barrier", barrier)
 
 
-def _caller() -> BarrierSite:
-    """The place that asked the caller of this function."""
+def _caller() -> BarrierSite | None:
+    """The place that asked the caller of this function, if it is one of those."""
     frame = sys._getframe(2)
     module = frame.f_globals["__name__"].rpartition(".")[2]
-    return next(site for site in barrier_sites() if (site.module, site.line) == (module, frame.f_lineno))
+    return next((site for site in barrier_sites() if (site.module, site.line) == (module, frame.f_lineno)), None)

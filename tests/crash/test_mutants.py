@@ -30,6 +30,18 @@ NOT_NEEDED = {
     ("tracking", "_shrink", 0): "what falls away is freed later",
 }
 
+OTHER_SUITES = {
+    "bitmap_changes": "test_bitmap_changes.py",
+    "recounting": "test_snapshots.py",
+    "snapshotting": "test_snapshots.py",
+    "unfinished": "test_transaction.py",
+    "repair": "test_repair.py",
+    "repair_extra": "test_repair.py",
+    "repair_refcounts": "test_repair.py",
+    "repair_snapshots": "test_repair.py",
+}
+"""Modules that the workloads here do not come to, and who leaves their barriers out instead."""
+
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutants_are_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,7 +106,7 @@ def reached() -> dict[BarrierSite, list[str]]:
     return found
 
 
-@pytest.mark.parametrize("site", barrier_sites(), ids=str)
+@pytest.mark.parametrize("site", [site for site in barrier_sites() if site.module not in OTHER_SUITES], ids=str)
 def test_no_barrier_can_be_left_out(
     site: BarrierSite, reached: dict[BarrierSite, list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

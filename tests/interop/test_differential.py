@@ -1,5 +1,6 @@
 """One image, written by us and by QEMU in turn, step by step: both see the same disk at all times, `qemu-img check`
-finds nothing, and what others keep in the image (snapshots, bitmaps, a raw data file) stays true."""
+finds nothing, and what others keep in the image (snapshots, bitmaps, a raw data file) stays true. Snapshots are made,
+applied and deleted by either."""
 
 from __future__ import annotations
 
@@ -12,9 +13,9 @@ from pathlib import Path
 import pytest
 from hypothesis import Phase, note, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
-from qcow2_plugin import Image, Policy, open_image
+from qcow2_plugin import Image, Policy, apply_snapshot, create_snapshot, delete_snapshot, open_image
 from tests.support.depth import examples
 from tests.support.model import Model, Places, Request, assert_reads_as
 from tests.support.tools import convert_to_raw, qemu_img, qemu_img_json, qemu_io
@@ -50,6 +51,10 @@ class Kind:
     @property
     def version(self) -> int:
         return 2 if "compat=0.10" in self.options else 3
+
+    @property
+    def has_room_for_snapshots(self) -> bool:
+        return "data_file" not in self.options and self.refcount_bits > 1
 
     @property
     def places(self) -> Places:
@@ -102,7 +107,8 @@ class Both(RuleBasedStateMachine):
         self.model = copy_of(self.pristine)
         self.smallest = self.model.virtual_size
         self.ours: Image | None = None
-        self.steps = 0
+        self.snapshots: dict[str, Model] = {}
+        self.steps = self.made = 0
 
     def teardown(self) -> None:
         try:
@@ -175,6 +181,8 @@ class Both(RuleBasedStateMachine):
 
     @rule(seed=SEEDS, preallocation=st.sampled_from(["off", "off", "metadata", "full"]), is_ours=st.booleans())
     def resize(self, seed: int, preallocation: str, is_ours: bool) -> None:
+        if self.kind.version == 2 and self.snapshots:
+            return  # they do not say what size they have
         size, old_size = self.new_size(self.chance_of(seed)), self.model.virtual_size
         if is_ours or (self.kind.version == 2 and self.kind.below):  # QEMU cannot hide a backing file there
             if size <= old_size or (self.kind.below and self.kind.subclusters == 1):
@@ -205,6 +213,40 @@ class Both(RuleBasedStateMachine):
         self.model.resize(size)
         self.smallest = min(self.smallest, size)
 
+    @precondition(lambda self: self.kind.has_room_for_snapshots)
+    @rule(seed=SEEDS, verb=st.sampled_from("ccad"), is_ours=st.booleans())
+    def snapshot(self, seed: int, verb: str, is_ours: bool) -> None:
+        names = list(self.snapshots)
+        if verb == "c":
+            self.made += 1
+            name = f"s{self.made}"
+            self.snapshots[name] = copy_of(self.model)
+        elif names:
+            name = self.chance_of(seed).choice(names)
+        else:
+            return
+        note(f"{verb} {name}")
+        if verb == "a":
+            self.model = copy_of(self.snapshots[name])
+            self.smallest = min(self.smallest, self.model.virtual_size)
+        elif verb == "d":
+            del self.snapshots[name]
+        if is_ours or (verb == "a" and self.kind.has_bitmap):  # QEMU does not mark what changes
+            self.change_snapshots(verb, name)
+        else:
+            self.hand_over()
+            qemu_img("snapshot", f"-{verb}", name, self.path)
+        self.step()
+
+    def change_snapshots(self, verb: str, name: str) -> None:
+        if verb == "c":
+            create_snapshot(self.image(), name)
+        elif verb == "a":
+            apply_snapshot(self.image(), name, mark_bitmaps=True)
+        else:
+            delete_snapshot(self.image(), name)
+        assert_reads_as(self.image(), self.model)
+
     # ---- what must hold
 
     def look(self) -> None:
@@ -220,6 +262,13 @@ class Both(RuleBasedStateMachine):
             assert data[: len(wanted)].ljust(len(wanted), b"\0") == wanted
         if self.kind.has_snapshot:
             self.assert_snapshot_is_as_it_was()
+        for number, (name, expected) in enumerate(self.snapshots.items()):
+            with open_image(self.path, policy=Policy.TRUSTED, snapshot=name) as image:
+                assert_reads_as(image, expected)
+            if number == self.steps % len(self.snapshots):
+                found = convert_to_raw(self.path, extra=("-l", f"snapshot.name={name}"))
+                length = min(len(found), expected.virtual_size)
+                assert found[:length] == expected.read(0, length)
 
     def assert_snapshot_is_as_it_was(self) -> None:
         """QEMU reads it as far as the disk goes now, whatever the size was then."""

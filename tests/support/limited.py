@@ -1,8 +1,9 @@
 """Looks at images in processes that may not use much: `python -m tests.support.limited MEMORY SECONDS IMAGE...`.
 
 Each image gets a process of its own, which may grow by MEMORY bytes of address space over the interpreter with the
-package loaded, and work SECONDS. It is opened, mapped, read where it begins, and asked for `info`. One line of JSON an
-image tells how that ended: the exit status (0 unless it died), the seconds of work, the bytes of memory on top.
+package loaded, and work SECONDS. It is opened, mapped, read where it begins, and asked for `info`; or, if "--check"
+stands before the images, checked. One line of JSON an image tells how that ended: the exit status (0 unless it died),
+the seconds of work, the bytes of memory on top.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ import os
 import resource
 import sys
 import traceback
+from collections.abc import Callable
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
 from qcow2_plugin.engine.chain import open_image
 from qcow2_plugin.errors import Qcow2Error
+from qcow2_plugin.operations.check import check
 from qcow2_plugin.operations.info import info
 
 _READ = 1 << 20
@@ -26,10 +29,13 @@ _RUNS = 1000
 
 def main() -> None:
     memory, seconds = int(sys.argv[1]), int(sys.argv[2])
-    for name in sys.argv[3:]:
+    names, look = sys.argv[3:], _look
+    if names[0] == "--check":
+        names, look = names[1:], _check
+    for name in names:
         child = os.fork()
         if not child:
-            os._exit(_look_within(memory, seconds, name))
+            os._exit(_look_within(memory, seconds, name, look))
         _, status, usage = os.wait4(child, 0)
         told = {
             "name": name,
@@ -40,12 +46,12 @@ def main() -> None:
         print(json.dumps(told), flush=True)
 
 
-def _look_within(memory: int, seconds: int, name: str) -> int:
+def _look_within(memory: int, seconds: int, name: str, look: Callable[[str], None]) -> int:
     space = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + memory
     resource.setrlimit(resource.RLIMIT_AS, (space, space))
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
     try:
-        _look(name)
+        look(name)
     except BaseException:
         traceback.print_exc()
         return 1
@@ -58,6 +64,11 @@ def _look(name: str) -> None:
         _open(name)
     with suppress(Qcow2Error):
         info(name)
+
+
+def _check(name: str) -> None:
+    with suppress(Qcow2Error):
+        check(name)
 
 
 def _open(name: str) -> None:

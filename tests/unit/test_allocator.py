@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from qcow2_plugin.engine import allocator as module
+from qcow2_plugin.engine import refcount_blocks
 from qcow2_plugin.engine.allocator import Allocator, Retired, Run
 from qcow2_plugin.engine.header import read_header
 from qcow2_plugin.engine.image_file import ImageFile, Structure
@@ -279,7 +280,7 @@ def test_a_table_that_grows_while_its_predecessor_is_being_written(tmp_path: Pat
 
 
 def test_what_could_not_be_written_is_taken_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_BLOCK_CACHE_SIZE", 0)  # four blocks
+    monkeypatch.setattr(refcount_blocks, "_BLOCK_CACHE_SIZE", 0)  # four blocks
     opened = session(tmp_path, small(64))
     total = len(opened.allocate(300))
     opened.write_back()
@@ -369,7 +370,7 @@ def test_what_a_table_left_behind_is_not_clean(tmp_path: Path) -> None:
 
 
 def test_blocks_that_are_not_on_disk_yet_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_BLOCK_CACHE_SIZE", 0)  # four blocks
+    monkeypatch.setattr(refcount_blocks, "_BLOCK_CACHE_SIZE", 0)  # four blocks
     opened = session(tmp_path, small(64))
     handed_out = opened.allocate(1000)
     opened.settle()
@@ -385,7 +386,7 @@ def test_blocks_that_are_not_on_disk_yet_are_kept(tmp_path: Path, monkeypatch: p
 
 
 def test_blocks_that_are_on_disk_are_not_all_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_BLOCK_CACHE_SIZE", 0)  # four blocks
+    monkeypatch.setattr(refcount_blocks, "_BLOCK_CACHE_SIZE", 0)  # four blocks
     opened = session(tmp_path, small(64))
     size = opened.storage.size()
     handed_out = opened.allocate(1000)
@@ -532,7 +533,7 @@ def test_a_missing_block_is_put_where_a_cluster_is_free(tmp_path: Path) -> None:
 def test_whatever_happens_refcounts_are_those_of_a_plain_dictionary(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refcount_bits: int, seed: int
 ) -> None:
-    monkeypatch.setattr(module, "_BLOCK_CACHE_SIZE", 0)  # four blocks
+    monkeypatch.setattr(refcount_blocks, "_BLOCK_CACHE_SIZE", 0)  # four blocks
     chance = random.Random(f"{refcount_bits}/{seed}")
     opened = session(tmp_path, small(refcount_bits))
     allocator = opened.allocator

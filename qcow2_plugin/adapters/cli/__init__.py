@@ -1,7 +1,8 @@
 """The `qcow2` command: a parser, one module per verb, and how failures end.
 
-Exit codes: 0 done, 1 failed (one line on stderr says why), 2 wrong usage, 3 refused by `vet`, 130 interrupted, 141 the
-reader went away; `serve` ends with the code of nbdkit or of its command.
+Exit codes: 0 done, 1 failed (one line on stderr says why), 2 wrong usage, 3 refused by `vet` or, by `bitmap health`, no
+incremental backup, 130 interrupted, 141 the reader went away; `serve` ends with the code of nbdkit or of its command,
+`check` with those of qemu-img (1 wrong usage too, 2 corruptions, 3 leaks).
 A verb's module is light to import; what its work needs is imported when it runs.
 """
 
@@ -12,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from qcow2_plugin.adapters.cli import create, info, map, resize, serve, text, vet
+from qcow2_plugin.adapters.cli import amend, bitmap, check, create, info, map, resize, serve, snapshot, text, vet
 from qcow2_plugin.errors import Qcow2Error
 
 _FAILED = 1
@@ -23,6 +24,7 @@ examples:
   qcow2 create disk.qcow2 20G           a new, empty image
   qcow2 info disk.qcow2                 what the image says about itself
   qcow2 map --output=json disk.qcow2    where every byte comes from, as qemu-img tells it
+  qcow2 check disk.qcow2                is it sound?
   qcow2 serve disk.qcow2                serve it over NBD until Ctrl-C
   qcow2 vet upload.qcow2                may this image from a stranger be opened?
 
@@ -73,6 +75,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action=_Version, help="print the version and end")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
-    for verb in (create, info, map, resize, serve, vet):
+    for verb in (amend, bitmap, check, create, info, map, resize, serve, snapshot, vet):
         verb.add_to(verbs)
     return parser

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-from qcow2_plugin.adapters.cli import text
+from qcow2_plugin.adapters.cli import options, text
+from qcow2_plugin.adapters.cli.options import Option
 from qcow2_plugin.errors import printable
 
-_COMPATS = {"0.10": 2, "v2": 2, "1.1": 3, "v3": 3}
-_SWITCHES = {"on": True, "yes": True, "true": True, "off": False, "no": False, "false": False}
 _USAGE = "qcow2 create [-q] [-b FILE -F FORMAT [-u]] [-o OPTION=VALUE,...] [option ...] FILE [SIZE]"
 _DESCRIPTION = """\
 Make a new, empty image of SIZE: bytes, or a number with k, M, G, T, P or E. What qemu-img takes after -o can be given
@@ -32,48 +30,24 @@ examples:
 """
 
 
-def _switch(word: str) -> bool:
-    if word not in _SWITCHES:
-        raise ValueError(word)
-    return _SWITCHES[word]
-
-
-def _compat(word: str) -> str:
-    if word not in _COMPATS:
-        raise ValueError(word)
-    return word
-
-
-_compat.__name__ = "version"  # what argparse calls it in "invalid version value"
-
-
-class _Option(NamedTuple):
-    """An option of -o; `parse` raises ValueError."""
-
-    name: str
-    parse: Callable[[str], Any]
-    values: str
-    help: str
-
-
 _OPTIONS = {
     option.name: option
     for option in (
-        _Option("size", text.parse_size, "SIZE", "size of the disk, rounded up to whole 512 bytes"),
-        _Option("compat", _compat, "1.1|0.10", "format version, 1.1 (also v3) or, for old programs, 0.10 (v2)"),
-        _Option("cluster_size", text.parse_size, "SIZE", "unit of allocation, 512 to 2M, 64k by default"),
-        _Option("refcount_bits", int, "BITS", "width of refcounts, 1 to 64, 16 by default"),
-        _Option("lazy_refcounts", _switch, "on|off", "let QEMU put off the update of refcounts"),
-        _Option("extended_l2", _switch, "on|off", "allocate by 32nds of a cluster; for clusters of 16k or more"),
-        _Option("compression_type", str, "zlib|zstd", "how clusters are compressed, if they are"),
-        _Option("preallocation", str, "MODE", "off; metadata maps clusters, falloc gets space for them, full fills it"),
-        _Option("backing_file", str, "FILE", "shows wherever nothing was written; as -b"),
-        _Option("backing_fmt", str, "qcow2|raw", "format of the backing file; as -F"),
-        _Option("data_file", str, "FILE", "where the data go, instead of into the image"),
-        _Option("data_file_raw", _switch, "on|off", "the data file is at all times a raw image of the disk"),
-        _Option("keep_data_file", _switch, "on|off", "use a data file that exists with what is in it"),
-        _Option("overwrite_data_file", _switch, "on|off", "use a data file that exists and lose what is in it"),
-        _Option("clip_data_file", _switch, "on|off", "keep a data file that is longer than the disk, too"),
+        Option("size", text.parse_size, "SIZE", "size of the disk, rounded up to whole 512 bytes"),
+        Option("compat", options.compat, "1.1|0.10", "format version, 1.1 (also v3) or, for old programs, 0.10 (v2)"),
+        Option("cluster_size", text.parse_size, "SIZE", "unit of allocation, 512 to 2M, 64k by default"),
+        Option("refcount_bits", int, "BITS", "width of refcounts, 1 to 64, 16 by default"),
+        Option("lazy_refcounts", options.switch, "on|off", "let QEMU put off the update of refcounts"),
+        Option("extended_l2", options.switch, "on|off", "allocate by 32nds of a cluster; for clusters of 16k or more"),
+        Option("compression_type", str, "zlib|zstd", "how clusters are compressed, if they are"),
+        Option("preallocation", str, "MODE", "off; metadata maps clusters, falloc gets space for them, full fills it"),
+        Option("backing_file", str, "FILE", "shows wherever nothing was written; as -b"),
+        Option("backing_fmt", str, "qcow2|raw", "format of the backing file; as -F"),
+        Option("data_file", str, "FILE", "where the data go, instead of into the image"),
+        Option("data_file_raw", options.switch, "on|off", "the data file is at all times a raw image of the disk"),
+        Option("keep_data_file", options.switch, "on|off", "use a data file that exists with what is in it"),
+        Option("overwrite_data_file", options.switch, "on|off", "use a data file that exists and lose what is in it"),
+        Option("clip_data_file", options.switch, "on|off", "keep a data file that is longer than the disk, too"),
     )
 }  # fmt: skip
 _FLAGS_OF_THEIR_OWN = frozenset({"size", "backing_file", "backing_fmt"})
@@ -89,53 +63,6 @@ _TOLD_ALWAYS = {
     "lazy_refcounts": False,
     "refcount_bits": 16,
 }
-
-
-class _OptionList(argparse.Action):
-    """-o: sets each option of the list as its long form does."""
-
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: str | Sequence[Any] | None,
-        option_string: str | None = None,
-    ) -> None:
-        words = _split(str(values))
-        if not {"help", "?"}.isdisjoint(words):
-            print(_list_of_options(), end="")
-            parser.exit()
-        for word in words:
-            try:
-                setattr(namespace, *_parse_option(word))
-            except ValueError as error:
-                raise argparse.ArgumentError(self, str(error)) from None
-
-
-def _split(words: str) -> list[str]:
-    """What stands between commas; two commas stand for one in a value."""
-    return [word.replace("\0", ",") for word in words.replace(",,", "\0").split(",")]
-
-
-def _parse_option(word: str) -> tuple[str, Any]:
-    """Name and value of "name=value", or of the name of a switch that is on. Raises ValueError with what is wrong."""
-    name, has_value, value = word.partition("=")
-    if name.startswith("encrypt"):
-        raise ValueError(f'"{printable(name)}" cannot be: encrypted images are not supported')
-    if name not in _OPTIONS:
-        raise ValueError(f'there is no "{printable(name)}"; -o help lists what there is')
-    option = _OPTIONS[name]
-    if not has_value and option.parse is _switch:
-        return name, True
-    try:
-        return name, option.parse(value)
-    except ValueError:
-        raise ValueError(f'"{printable(value)}" is no value for {name}={option.values} ({option.help})') from None
-
-
-def _list_of_options() -> str:
-    rows = [(f"{option.name}={option.values}", option.help) for option in _OPTIONS.values()]
-    return text.fields(rows)
 
 
 def add_to(verbs: text.Verbs) -> None:
@@ -158,7 +85,7 @@ def add_to(verbs: text.Verbs) -> None:
     parser.add_argument(
         "-u", "--unsafe", action="store_true", default=False, help="do not look at the backing file; SIZE is needed"
     )
-    parser.add_argument("-o", action=_OptionList, metavar="OPTION=VALUE,...", help="options by their names in qemu-img")
+    options.add_to(parser, _OPTIONS)
     for option in _OPTIONS.values():
         if option.name not in _FLAGS_OF_THEIR_OWN:
             _add_long_option(parser, option)
@@ -175,9 +102,9 @@ def add_to(verbs: text.Verbs) -> None:
     parser.set_defaults(start=_run, usage_error=parser.error)
 
 
-def _add_long_option(parser: argparse.ArgumentParser, option: _Option) -> None:
+def _add_long_option(parser: argparse.ArgumentParser, option: Option) -> None:
     flag = "--" + option.name.replace("_", "-")
-    if option.parse is _switch:
+    if option.parse is options.switch:
         parser.add_argument(flag, action="store_true", help=option.help)
     else:
         parser.add_argument(flag, type=option.parse, metavar=option.values, help=option.help)
@@ -190,14 +117,14 @@ def _run(arguments: argparse.Namespace) -> int:
     asked = {name: value for name, value in vars(arguments).items() if name in _OPTIONS}
     if "size" in asked and arguments.disk_size is not None:
         arguments.usage_error("the size is given twice: as SIZE and by -o")
-    options = dict(asked)
-    size = options.pop("size", arguments.disk_size)
-    if "compat" in options:
-        options["version"] = _COMPATS[options.pop("compat")]
-    if "backing_fmt" in options:
-        options["backing_format"] = options.pop("backing_fmt")
+    told = dict(asked)
+    size = told.pop("size", arguments.disk_size)
+    if "compat" in told:
+        told["version"] = options.COMPATS[told.pop("compat")]
+    if "backing_fmt" in told:
+        told["backing_format"] = told.pop("backing_fmt")
     create_image(
-        arguments.image, size, check_backing_file=not arguments.unsafe, policy=Policy(arguments.policy), **options
+        arguments.image, size, check_backing_file=not arguments.unsafe, policy=Policy(arguments.policy), **told
     )
     if not arguments.quiet:
         _tell(arguments.image, asked)
@@ -216,11 +143,5 @@ def _tell(image: str, asked: dict[str, Any]) -> None:
 def _formatted(image: str, asked: dict[str, Any]) -> str:
     """The line that qemu-img prints."""
     told = {**_TOLD_ALWAYS, **asked}
-    words = [f"{name}={_value(told[name])}" for name in _TOLD if name in told]
+    words = [f"{name}={printable(options.as_told(told[name]))}" for name in _TOLD if name in told]
     return f"Formatting '{printable(image)}', fmt=qcow2 {' '.join(words)}"
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, bool):
-        return "on" if value else "off"
-    return printable(str(value))

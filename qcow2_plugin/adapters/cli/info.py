@@ -105,7 +105,7 @@ def as_json(info: ImageInfo) -> dict[str, Any]:
         if qcow2.backing_format is not None:
             told["backing-filename-format"] = qcow2.backing_format
     if qcow2.snapshots and not qcow2.has_data_file:
-        told["snapshots"] = [_snapshot_as_json(snapshot) for snapshot in qcow2.snapshots]
+        told["snapshots"] = [snapshot_as_json(snapshot) for snapshot in qcow2.snapshots]
         if len(qcow2.snapshots) < qcow2.snapshot_count:
             told["snapshot-count"] = qcow2.snapshot_count
     told["format-specific"] = {"type": "qcow2", "data": _details_as_json(qcow2)}
@@ -137,7 +137,8 @@ def _details_as_json(qcow2: Qcow2Info) -> dict[str, Any]:
     return details
 
 
-def _snapshot_as_json(snapshot: SnapshotInfo) -> dict[str, Any]:
+def snapshot_as_json(snapshot: SnapshotInfo) -> dict[str, Any]:
+    """A snapshot with the keys and values of qemu-img."""
     clock_seconds, clock_nanoseconds = divmod(snapshot.vm_clock_nanoseconds, 10**9)
     told = {
         "id": snapshot.id,
@@ -292,10 +293,10 @@ def _snapshots(qcow2: Qcow2Info) -> str:
     rows = [
         (
             printable(snapshot.id),
-            _date(snapshot.date_seconds),
+            date(snapshot.date_seconds),
             text.short_size(snapshot.virtual_size),
             text.short_size(snapshot.vm_state_size) if snapshot.vm_state_size else "-",
-            _clock(snapshot.vm_clock_nanoseconds),
+            clock(snapshot.vm_clock_nanoseconds),
             printable(snapshot.name),
         )
         for snapshot in qcow2.snapshots
@@ -305,13 +306,15 @@ def _snapshots(qcow2: Qcow2Info) -> str:
     return _section(title, text.table(titles, rows, right=frozenset({2, 3, 4})))
 
 
-def _date(seconds: int) -> str:
+def date(seconds: int) -> str:
+    """A time since the epoch, in UTC."""
     from datetime import UTC, datetime
 
     return datetime.fromtimestamp(seconds, tz=UTC).strftime("%Y-%m-%d %H:%M:%S")
 
 
-def _clock(nanoseconds: int) -> str:
+def clock(nanoseconds: int) -> str:
+    """A time that something ran."""
     minutes, seconds = divmod(nanoseconds // 10**6, 60_000)
     hours, minutes = divmod(minutes, 60)
     return f"{hours:02}:{minutes:02}:{seconds / 1000:06.3f}"

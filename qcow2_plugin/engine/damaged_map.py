@@ -1,0 +1,134 @@
+"""Where the structures of a damaged image are, as far as that can be told: what a repair may write to.
+
+`metadata` refuses an image in which two structures share a cluster or one is where none can be. A repair has to look at
+just these. Its map leaves out what cannot be followed, and gives a cluster that several structures claim to none of
+them, so that putting right the one never destroys the other; but the header is the header.
+
+Memory: 8 bytes for each cluster that holds a structure, several times over while the map is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+
+from qcow2_plugin.engine.bitmaps import read_bitmaps
+from qcow2_plugin.engine.image_file import Clusters, MetadataMap, Structure
+from qcow2_plugin.engine.metadata import Words
+from qcow2_plugin.errors import CorruptImageError, UnsupportedFeatureError
+from qcow2_plugin.format import bits
+from qcow2_plugin.format.entries import OFFSET_MASK
+from qcow2_plugin.format.geometry import MAX_L1_ENTRIES
+from qcow2_plugin.format.header import Header
+from qcow2_plugin.format.refcounts import REFCOUNT_TABLE_OFFSET_MASK
+from qcow2_plugin.format.snapshots import Snapshot, pack_table
+from qcow2_plugin.storage import Storage
+
+_MAX_CLUSTERS = 8 << 20
+"""Clusters with structures that a map is made of."""
+_CHUNK = 1 << 16
+"""Words looked at together."""
+
+
+def read_damaged_map(storage: Storage, header: Header, snapshots: Iterable[Snapshot]) -> MetadataMap:
+    """The map of the structures that can be followed; `snapshots` are those in the table, as far as it is read.
+
+    Raises UnsupportedFeatureError if there are too many; OSError.
+    """
+    none: Clusters = np.zeros(0, dtype=np.int64)
+    parts: list[tuple[Structure, Clusters]] = [(structure, none) for structure in Structure][: Structure.BITMAP]
+    kept = none
+    cluster_count = 0
+    for structure, clusters in _parts(storage, header, snapshots):
+        merged = np.union1d(parts[structure - 1][1], clusters)
+        cluster_count += len(merged) - len(parts[structure - 1][1])
+        if cluster_count > _MAX_CLUSTERS:
+            raise UnsupportedFeatureError(
+                f"the image has more than {_MAX_CLUSTERS} clusters of tables, too many to repair it", file=storage.path
+            )
+        parts[structure - 1] = (structure, merged)
+        if structure is Structure.SNAPSHOT_L2_TABLE:
+            kept = merged
+    active = parts[Structure.L2_TABLE - 1][1]
+    parts[Structure.SNAPSHOT_L2_TABLE - 1] = (Structure.SNAPSHOT_L2_TABLE, np.setdiff1d(kept, active))
+    every = np.concatenate([clusters for _, clusters in parts])
+    distinct, counts = np.unique(every, return_counts=True)
+    contested = distinct[(counts > 1) & (distinct != 0)]
+    parts = [(structure, clusters[clusters != 0]) for structure, clusters in parts]
+    parts[Structure.HEADER - 1] = (Structure.HEADER, np.zeros(1, dtype=np.int64))
+    apart = [(structure, np.setdiff1d(clusters, contested)) for structure, clusters in parts]
+    return MetadataMap([*apart, (Structure.CONTESTED, contested)], kept)
+
+
+def _parts(storage: Storage, header: Header, snapshots: Iterable[Snapshot]) -> Iterator[tuple[Structure, Clusters]]:
+    places = _Places(storage, header)
+    yield Structure.HEADER, np.zeros(1, dtype=np.int64)
+    yield Structure.L1_TABLE, places.run(header.l1_table_offset, 8 * header.l1_size)
+    for l2_tables in places.l2_tables(header.l1_table_offset, header.l1_size):
+        yield Structure.L2_TABLE, l2_tables
+    table_size = header.refcount_table_clusters << header.cluster_bits
+    yield Structure.REFCOUNT_TABLE, places.run(header.refcount_table_offset, table_size)
+    for blocks in places.named(header.refcount_table_offset, table_size // 8, REFCOUNT_TABLE_OFFSET_MASK):
+        yield Structure.REFCOUNT_BLOCK, blocks
+    yield from _parts_of_snapshots(places, header, snapshots)
+    yield from _parts_of_bitmaps(places, storage, header)
+
+
+def _parts_of_snapshots(
+    places: _Places, header: Header, snapshots: Iterable[Snapshot]
+) -> Iterator[tuple[Structure, Clusters]]:
+    known = list(snapshots)
+    if known:
+        yield Structure.SNAPSHOT_TABLE, places.run(header.snapshots_offset, len(pack_table(known)))
+    for offset, size in {(each.l1_table_offset, each.l1_size) for each in known}:
+        if offset % header.geometry.cluster_size or size > MAX_L1_ENTRIES:
+            continue
+        yield Structure.SNAPSHOT_L1_TABLE, places.run(offset, 8 * size)
+        for l2_tables in places.l2_tables(offset, size):
+            yield Structure.SNAPSHOT_L2_TABLE, l2_tables
+
+
+def _parts_of_bitmaps(places: _Places, storage: Storage, header: Header) -> Iterator[tuple[Structure, Clusters]]:
+    try:
+        bitmaps, pointer = read_bitmaps(storage, header), header.bitmaps
+    except CorruptImageError:  # what they take is not told; check says so
+        return
+    if pointer is None:
+        return
+    yield Structure.BITMAP, places.run(pointer.directory_offset, pointer.directory_size)
+    for bitmap in bitmaps:
+        yield Structure.BITMAP, places.run(bitmap.table_offset, 8 * bitmap.table_entries)
+        for clusters in places.named(bitmap.table_offset, bitmap.table_entries, bits.TABLE_OFFSET_MASK):
+            yield Structure.BITMAP, clusters
+
+
+class _Places:
+    """What is inside one file."""
+
+    def __init__(self, storage: Storage, header: Header) -> None:
+        self._storage = storage
+        self._cluster_bits = header.cluster_bits
+        self._ones = header.geometry.cluster_size - 1
+        self._cluster_count = -(-storage.size() >> header.cluster_bits)
+
+    def run(self, host_offset: int, length: int) -> Clusters:
+        """The clusters of a table, as far as they are in the file."""
+        first, end = host_offset >> self._cluster_bits, host_offset + length + self._ones >> self._cluster_bits
+        return np.arange(first, max(min(end, self._cluster_count), first), dtype=np.int64)
+
+    def l2_tables(self, l1_table_offset: int, l1_size: int) -> Iterator[Clusters]:
+        """The clusters of the L2 tables that an L1 table names and that are in the file."""
+        return self.named(l1_table_offset, l1_size, OFFSET_MASK)
+
+    def named(self, table_offset: int, count: int, mask: int) -> Iterator[Clusters]:
+        """The clusters that the entries of a table name, piece by piece."""
+        for first in range(0, count, _CHUNK):
+            stored = self._storage.pread(8 * min(_CHUNK, count - first), table_offset + 8 * first)
+            if len(stored) < 8:
+                return
+            entries: Words = np.frombuffer(stored[: len(stored) & ~7], dtype=">u8").astype(np.uint64)
+            offsets = entries & np.uint64(mask)
+            offsets = offsets[(offsets != 0) & (offsets & np.uint64(self._ones) == 0)]
+            clusters: Clusters = (offsets >> np.uint64(self._cluster_bits)).astype(np.int64)
+            yield clusters[clusters < self._cluster_count]

@@ -1,0 +1,67 @@
+"""Repairing a copy: the image stays as it is, whatever comes of it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+from contextlib import ExitStack
+
+from qcow2_plugin.engine.check import read_header_for_check
+from qcow2_plugin.engine.files import ChainFiles
+from qcow2_plugin.engine.findings import DEFAULT_MAX_FINDINGS, CheckResult, Progress
+from qcow2_plugin.engine.repair import Mode, repair_image
+from qcow2_plugin.operations.new_files import NewFiles
+from qcow2_plugin.storage.copying import copy_content
+from qcow2_plugin.storage.directory import give_name, make_names_durable
+from qcow2_plugin.storage.opener import Policy
+
+Path = str | os.PathLike[str]
+
+
+def repair_to(
+    path: Path,
+    to: Path,
+    *,
+    mode: Mode,
+    repair_ours: bool = False,
+    policy: Policy = Policy.CONFINED,
+    data_file: Path | None = None,
+    base_directory: Path | None = None,
+    force_share: bool = False,
+    max_findings: int | None = DEFAULT_MAX_FINDINGS,
+    progress: Progress | None = None,
+) -> CheckResult:
+    """Copy an image to `to`, which must not exist, and repair the copy; it has its name when that is done, durably.
+
+    Of the image only the file itself is copied, with its holes. An external data file is read, never changed; the copy
+    names the same one, so a relative name wants it in the same directory. Backing files are not opened. `force_share`
+    copies although another program may write to the image; the copy may then be one of no moment.
+
+    The result is that of `repair_image`. Raises what that raises; FileExistsError; what opening the files does. After
+    an error there is no copy.
+    """
+    if os.path.lexists(to):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), os.fspath(to))
+    temporary = f"{os.fspath(to)}.{secrets.token_hex(4)}.partial"
+    with ExitStack() as resources, NewFiles() as files:
+        chain = ChainFiles(resources, policy=policy, base_directory=base_directory, force_share=force_share)
+        source = chain.open_top(path)
+        header = read_header_for_check(source)
+        data = chain.open_data_file(header, source, data_file)
+        copy = files.make(temporary, "copy").storage
+        copy.path = os.fspath(to)  # what messages call it
+        copy_content(source, copy)
+        result = repair_image(
+            copy,
+            header,
+            mode=mode,
+            repair_ours=repair_ours,
+            data=data,
+            max_findings=max_findings,
+            progress=progress,
+        )
+        copy.barrier()
+        give_name(temporary, to)
+        make_names_durable(os.path.dirname(os.fspath(to)))
+    return result

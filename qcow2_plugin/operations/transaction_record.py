@@ -1,0 +1,72 @@
+"""The file that decides a transaction: how it comes to be, changes its mind once, and goes.
+
+Owns the moments at which it is durable. Refuses to know what the images do about it.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+
+from qcow2_plugin.errors import UnfinishedTransactionError, about_file
+from qcow2_plugin.format.transaction import MAX_RECORD_SIZE, Record
+from qcow2_plugin.storage import directory
+from qcow2_plugin.storage.opener import open_given
+
+_SUCCESSOR = ".new"
+
+
+class RecordFile:
+    """The record at `path`, an absolute name."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def create(self, record: Record) -> None:
+        """Make it, durably. Raises FileExistsError and other OSError; then there is none of ours."""
+        directory.write_new(self.path, record.pack())
+        try:
+            directory.make_names_durable(os.path.dirname(self.path))
+        except BaseException:
+            with suppress(OSError):  # the error that led here says more
+                os.unlink(self.path)
+            raise
+
+    def switch(self, record: Record) -> None:
+        """Put `record` in its place, durably, in one step.
+
+        Raises OSError, and then the old one is there; UnfinishedTransactionError if nobody knows which one a crash
+        would leave.
+        """
+        successor = self.path + _SUCCESSOR
+        directory.write_new(successor, record.pack())
+        try:
+            directory.replace(self.path, successor)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(successor)
+            raise
+        try:
+            directory.make_names_durable(os.path.dirname(self.path))
+        except BaseException as error:
+            raise UnfinishedTransactionError(
+                f"whether the transaction is committed is not known ({error}); "
+                "finish it with 'qcow2 bitmap recover RECORD'",
+                file=self.path,
+            ) from error
+
+    def remove(self) -> None:
+        """Nobody needs it any more. Raises OSError."""
+        os.unlink(self.path)
+        with suppress(FileNotFoundError):  # where a crash has left one
+            os.unlink(self.path + _SUCCESSOR)
+        directory.make_names_durable(os.path.dirname(self.path))
+
+    def read(self) -> Record:
+        """Raises CorruptImageError if it is no record, what `open_given` does, OSError."""
+        storage = open_given(self.path)
+        try:
+            with about_file(self.path):
+                return Record.parse(storage.pread(MAX_RECORD_SIZE + 1, 0))
+        finally:
+            storage.close()
