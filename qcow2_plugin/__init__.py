@@ -21,6 +21,8 @@ The house, top floor first; imports point down only:
                   `requests` knows who is still moving data, `image_file` lets no write go where it does not belong.
                   Checking: `check` says what is looked for, `check_structures`, `check_tables`, `check_refcounts` and
                   `check_data_file` look, `references` and `table_references` count, `findings` collects.
+                  Repairing: `repair` says in which order, `repair_entries`, `repair_refcounts`, `repair_snapshots` and
+                  `repair_extra` write, where `damaged_map` and `damaged_snapshots` see a place for it.
                   Around that: `first_change` puts right what must be, `metadata` finds every structure, `tracking`
                   keeps dirty bitmaps true, `bitmap_changes` brings other ones by one switch (`bitmap_plan` says which,
                   `bitmap_content` what they mark), `standing_still` gives them the time, `rebuild` makes

@@ -110,6 +110,8 @@ def _require_possible(image: WritableImage, wanted: Amendment) -> None:
         detail = "lazy_refcounts needs compat=1.1"
     elif wanted.data_file is not None:
         detail = _problem_with_name(header, wanted.data_file)
+    if wanted.size is not None and wanted.size <= 0:
+        detail = f"nothing would be left of the disk of {image.virtual_size} bytes; take a size of more than 0"
     if detail is None and wanted.data_file_raw and not header.data_file_raw:
         detail = _problem_with_raw(image)
     if detail is not None:

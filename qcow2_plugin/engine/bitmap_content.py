@@ -4,8 +4,8 @@ Bits go through here in *pieces*: the number of a cluster of bits and the bits i
 of other granularities and clusters of other sizes are brought to those of the bitmap that they are merged into: a bit
 that stands for more becomes several, several become one if any of them is set.
 
-Memory: one piece at a time of what is read, all of what differs from the disk (512 MiB for the largest bitmap there is,
-two thousandths of a percent of the disk for one of the usual granularity).
+Memory: one piece at a time of what is read from the same image; all of what is read from another one, and all of what
+is new (512 MiB for the largest bitmap there is, 2 MiB for a disk of 1 TiB with the usual granularity).
 
 Source: docs/interop/qcow2.rst, "Bitmaps".
 """

@@ -13,8 +13,8 @@ end of the file cuts off) is counted apart, as `extra_corruptions`.
 
 **What it costs.** Each distinct table is read once, in whatever number of L1 tables or snapshots it is; holes are not
 read. Memory: for each cluster of the file, holes included, a number as wide as the image's refcounts are (a byte at
-least) and 2 bytes more, so 4 bytes with the usual refcounts of 16 bits; 40 bytes for each L2 table. Files of more
-than `references.MAX_CLUSTERS` clusters are refused.
+least) and 2 bytes more, so 4 bytes with the usual refcounts of 16 bits; up to 130 bytes for each L2 table. Files of
+more than `references.MAX_CLUSTERS` clusters are refused.
 
 Nothing is changed, not even in a dirty image, and nothing is believed: a damaged image is what a check is for. Only
 where a structure that others hang on cannot be read, the check ends early (`CheckResult.aborted`), as QEMU's does.

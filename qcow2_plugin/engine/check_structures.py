@@ -15,7 +15,7 @@ from typing import NamedTuple, NoReturn
 import numpy as np
 import numpy.typing as npt
 
-from qcow2_plugin.engine.damaged_snapshots import SnapshotTable, read_snapshot_table
+from qcow2_plugin.engine.damaged_snapshots import SnapshotTable, TableFault, read_snapshot_table, too_many
 from qcow2_plugin.engine.findings import Finding, FindingClass
 from qcow2_plugin.engine.inspection import CLEAR_BITS, Inspection, beyond_end
 from qcow2_plugin.engine.references import Range, covered
@@ -217,22 +217,16 @@ def _count_l1(inspection: Inspection, part: _Part, tables: TableReferences, *, i
 def _read_snapshots(inspection: Inspection, *, as_repaired: bool) -> SnapshotTable:
     """The snapshot table. Raises AbortedError if it cannot be used, unless `as_repaired`."""
     header = inspection.header
+    if not as_repaired and (fault := too_many(header)) is not None:  # before they are read
+        _cannot_use(inspection, fault)
     try:
         table = read_snapshot_table(inspection.storage, header)
     except CorruptImageError as error:
-        inspection.abort(
-            "snapshot-table-misplaced", "snapshot table", error.detail, host_offset=header.snapshots_offset
-        )
+        place = header.snapshots_offset
+        inspection.abort("snapshot-table-misplaced", "snapshot table", error.detail, host_offset=place)
     for fault in table.faults:
         if not as_repaired:
-            inspection.abort(
-                fault.kind,
-                "snapshot table",
-                fault.detail,
-                host_offset=header.snapshots_offset,
-                index=fault.index,
-                repair=fault.repair,
-            )
+            _cannot_use(inspection, fault)
         inspection.corrupt(
             fault.kind,
             "snapshot table",
@@ -243,6 +237,17 @@ def _read_snapshots(inspection: Inspection, *, as_repaired: bool) -> SnapshotTab
             repair=fault.repair,
         )
     return table
+
+
+def _cannot_use(inspection: Inspection, fault: TableFault) -> NoReturn:
+    inspection.abort(
+        fault.kind,
+        "snapshot table",
+        fault.detail,
+        host_offset=inspection.header.snapshots_offset,
+        index=fault.index,
+        repair=fault.repair,
+    )
 
 
 def _count_snapshots(inspection: Inspection, table: SnapshotTable, tables: TableReferences) -> None:

@@ -27,6 +27,8 @@ from qcow2_plugin.storage import Storage
 
 _MAX_CLUSTERS = 8 << 20
 """Clusters with structures that a map is made of."""
+_BUFFERED = 1 << 20
+"""Clusters that are gathered before those that are there twice are dropped."""
 _CHUNK = 1 << 16
 """Words looked at together."""
 
@@ -36,20 +38,11 @@ def read_damaged_map(storage: Storage, header: Header, snapshots: Iterable[Snaps
 
     Raises UnsupportedFeatureError if there are too many; OSError.
     """
-    none: Clusters = np.zeros(0, dtype=np.int64)
-    parts: list[tuple[Structure, Clusters]] = [(structure, none) for structure in Structure][: Structure.BITMAP]
-    kept = none
-    cluster_count = 0
+    gathered = _Gathered(storage.path)
     for structure, clusters in _parts(storage, header, snapshots):
-        merged = np.union1d(parts[structure - 1][1], clusters)
-        cluster_count += len(merged) - len(parts[structure - 1][1])
-        if cluster_count > _MAX_CLUSTERS:
-            raise UnsupportedFeatureError(
-                f"the image has more than {_MAX_CLUSTERS} clusters of tables, too many to repair it", file=storage.path
-            )
-        parts[structure - 1] = (structure, merged)
-        if structure is Structure.SNAPSHOT_L2_TABLE:
-            kept = merged
+        gathered.add(structure, clusters)
+    parts = gathered.parts()
+    kept = parts[Structure.SNAPSHOT_L2_TABLE - 1][1]
     active = parts[Structure.L2_TABLE - 1][1]
     parts[Structure.SNAPSHOT_L2_TABLE - 1] = (Structure.SNAPSHOT_L2_TABLE, np.setdiff1d(kept, active))
     every = np.concatenate([clusters for _, clusters in parts])
@@ -59,6 +52,40 @@ def read_damaged_map(storage: Storage, header: Header, snapshots: Iterable[Snaps
     parts[Structure.HEADER - 1] = (Structure.HEADER, np.zeros(1, dtype=np.int64))
     apart = [(structure, np.setdiff1d(clusters, contested)) for structure, clusters in parts]
     return MetadataMap([*apart, (Structure.CONTESTED, contested)], kept)
+
+
+class _Gathered:
+    """Clusters by structure, each once."""
+
+    def __init__(self, path: str) -> None:
+        none: Clusters = np.zeros(0, dtype=np.int64)
+        self._path = path
+        self._known: dict[Structure, Clusters] = dict.fromkeys(list(Structure)[: Structure.BITMAP], none)
+        self._new: dict[Structure, list[Clusters]] = {structure: [] for structure in self._known}
+        self._new_count = 0
+
+    def add(self, structure: Structure, clusters: Clusters) -> None:
+        """Raises UnsupportedFeatureError if there are too many."""
+        self._new[structure].append(clusters)
+        self._new_count += len(clusters)
+        if self._new_count > _BUFFERED:
+            self._merge()
+
+    def parts(self) -> list[tuple[Structure, Clusters]]:
+        """All of them, in the order of `Structure`. Raises UnsupportedFeatureError."""
+        self._merge()
+        return list(self._known.items())
+
+    def _merge(self) -> None:
+        for structure, pieces in self._new.items():
+            if pieces:
+                self._known[structure] = np.unique(np.concatenate((self._known[structure], *pieces)))
+                pieces.clear()
+        self._new_count = 0
+        if sum(map(len, self._known.values())) > _MAX_CLUSTERS:
+            raise UnsupportedFeatureError(
+                f"the image has more than {_MAX_CLUSTERS} clusters of tables, too many to repair it", file=self._path
+            )
 
 
 def _parts(storage: Storage, header: Header, snapshots: Iterable[Snapshot]) -> Iterator[tuple[Structure, Clusters]]:

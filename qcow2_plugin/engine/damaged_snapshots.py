@@ -50,16 +50,23 @@ def snapshots_as_repaired(storage: Storage, header: Header) -> list[Snapshot]:
     return read_snapshot_table(storage, header).snapshots
 
 
+def too_many(header: Header) -> TableFault | None:
+    """What is wrong with the number of snapshots that the header says there are."""
+    overhanging = header.snapshot_count - geometry.MAX_SNAPSHOTS
+    if overhanging <= 0:
+        return None
+    detail = f"has {header.snapshot_count} snapshots, more than {geometry.MAX_SNAPSHOTS}"
+    return TableFault("snapshots-too-many", detail, "drop those that are too many", count=overhanging)
+
+
 def read_snapshot_table(storage: Storage, header: Header) -> SnapshotTable:
     """The snapshot table, whatever is in it. Raises as `snapshots_as_repaired` does."""
     start, count = header.snapshots_offset, header.snapshot_count
     if start % header.geometry.cluster_size or start + _FIXED.size * count > geometry.MAX_HOST_OFFSET:
         raise CorruptImageError("snapshot table", "is not where a table can be", host_offset=start, file=storage.path)
-    faults = []
-    if count > geometry.MAX_SNAPSHOTS:
-        dropped, count = count - geometry.MAX_SNAPSHOTS, geometry.MAX_SNAPSHOTS
-        detail = f"has {count + dropped} snapshots, more than {count}"
-        faults.append(TableFault("snapshots-too-many", detail, "drop those that are too many", count=dropped))
+    overhanging = too_many(header)
+    faults = [] if overhanging is None else [overhanging]
+    count = min(count, geometry.MAX_SNAPSHOTS)
     reader = _Reader(storage)
     found: list[Snapshot] = []
     end, packed_size = start, 0

@@ -88,6 +88,14 @@ class MetadataMap:
         place = _place_of(cluster, clusters)
         return 0 if place is None else int(owners[place])
 
+    def clusters_of(self, structure: Structure) -> Clusters:
+        """The clusters that hold this structure, ascending."""
+        clusters, owners = self._settled
+        changed = np.array(list(self._changes), dtype=np.int64)
+        claimed = [cluster for cluster, owner in self._changes.items() if owner == structure]
+        settled = np.setdiff1d(clusters[owners == structure], changed, assume_unique=True)
+        return np.sort(np.concatenate((settled, np.array(claimed, dtype=np.int64))))
+
     def is_of_snapshot(self, cluster: int) -> bool:
         """True if an L2 table of a snapshot is in this cluster, whoever else refers to it."""
         return _place_of(cluster, self._kept) is not None

@@ -8,9 +8,9 @@
     6   dirty and corrupt are cleared, if nothing is wrong any more
 
 There is a barrier behind each step. A pointer that goes is durably gone before the refcount falls, a refcount has risen
-before anything new is pointed to, so after a crash at any point refcounts are never lower than they were, what could be
-read can be read, and the next repair finds less to do. References are counted again after every step that changes them:
-the count decides, not a list of findings, which may be cut short.
+before anything new is pointed to, so after a crash at any point no cluster is counted too low that was not before, what
+could be read can be read, and the next repair finds less to do. References are counted again after every step that
+changes them: the count decides, not a list of findings, which may be cut short.
 
 **What is not given back.** Where a table cannot be followed, what it named looks like leaked space. Refcounts do not
 fall then, so that whoever mends the table finds its clusters unharmed. (QEMU frees them.)
@@ -19,7 +19,7 @@ fall then, so that whoever mends the table finds its clusters unharmed. (QEMU fr
 looked for where their guest is, unmapped parts of a raw data file are mapped, and of two guest clusters that share a
 host cluster one gets a copy (`repair_extra`).
 
-Source: docs/interop/qcow2.rst; format.md 11 for the classes.
+Source: docs/interop/qcow2.rst.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from qcow2_plugin.engine.repair_entries import (
     clear_l1_reserved,
     clear_l2_reserved,
     correct_flags,
+    fix_active_l2_tables,
     fix_l1_tables,
     fix_l2_tables,
     put_where_the_guest_is,
@@ -59,6 +60,7 @@ from qcow2_plugin.format.header import (
     AUTOCLEAR_DATA_FILE_RAW,
     INCOMPATIBLE_CORRUPT,
     INCOMPATIBLE_DIRTY,
+    EncryptionMethod,
     Header,
 )
 from qcow2_plugin.storage import Storage, WritableStorage
@@ -159,6 +161,7 @@ class _Repair:
     def _count_again(self) -> None:
         """After a change of what is referred to."""
         self._found = self._check(self._file.header)
+        self._require_possible(self._found)
         self._file = ImageFile(
             self._storage, self._file.header, read_damaged_map(self._storage, self._file.header, self._snapshots)
         )
@@ -190,17 +193,17 @@ class _Repair:
     def _mend_entries(self) -> None:
         """Step 1."""
         if self._is_all and self._has("preallocated-unaligned"):
-            mended = fix_l2_tables(self._file, self._snapshots, zero_unaligned(self._file.header))
+            mended = fix_l2_tables(self._file, zero_unaligned(self._file.header))
             self._corruptions_fixed += mended
             self._entries_changed(mended)
         if not self._ours:
             return
         before, header = self._found, self._file.header
         mended = fix_l1_tables(self._file, self._snapshots, clear_l1_reserved)
-        mended += fix_l2_tables(self._file, self._snapshots, clear_l2_reserved(header))
+        mended += fix_l2_tables(self._file, clear_l2_reserved(header))
         if header.has_data_file and self._has("host-not-guest"):
             distrust_bitmaps(self._file)
-            mended += fix_l2_tables(self._file, (), put_where_the_guest_is(header))
+            mended += fix_active_l2_tables(self._file, put_where_the_guest_is(header))
         self._entries_changed(mended)
         self._corruptions_fixed += max(_but_flags(before) - _but_flags(self._found), 0)
 
@@ -292,8 +295,13 @@ class _Repair:
             self._corruptions_fixed += corrected
 
     def _mend_more(self) -> None:
-        """What needs clusters of its own, in an image that is sound by now."""
+        """What needs clusters of its own, in an image that is sound by now.
+
+        In an encrypted image what a cluster holds may depend on where it is, so nothing is moved there.
+        """
         header = self._file.header
+        if header.encryption_method is not EncryptionMethod.NONE:
+            return
         if not self._is_room_known or self._found.check_errors or not self._are_usable():
             return
         changed = 0
@@ -312,7 +320,7 @@ class _Repair:
     def _clear_marks(self) -> None:
         """Step 6."""
         found, header = self._found, self._file.header
-        if found.corruptions or found.check_errors:
+        if found.aborted is not None or found.corruptions or found.check_errors:
             return
         cleared = INCOMPATIBLE_DIRTY | (0 if found.extra_corruptions else INCOMPATIBLE_CORRUPT)
         kept = header.incompatible_features & ~cleared

@@ -46,13 +46,22 @@ Fix = Callable[[Table], Mask]
 """Changes entries, and says which."""
 
 
-def fix_l2_tables(file: ImageFile, snapshots: Iterable[Snapshot], fix: Fix) -> int:
-    """Apply `fix` to every L2 table of the active disk and of these snapshots, once each; how many entries changed.
+def fix_active_l2_tables(file: ImageFile, fix: Fix) -> int:
+    """Apply `fix` to every L2 table of the active disk, once each; how many entries changed. Raises OSError."""
+    return _fix(file, each_l2_table(file), fix)
 
-    Raises OSError.
-    """
+
+def fix_l2_tables(file: ImageFile, fix: Fix) -> int:
+    """`fix_active_l2_tables` for the tables of snapshots as well."""
+    size = file.header.geometry.cluster_size
+    clusters = file.metadata.clusters_of(Structure.SNAPSHOT_L2_TABLE).tolist()
+    others = (read_l2_table(file, cluster * size, None) for cluster in clusters)
+    return _fix(file, each_l2_table(file), fix) + _fix(file, others, fix)
+
+
+def _fix(file: ImageFile, tables: Iterable[Table], fix: Fix) -> int:
     count = 0
-    for table in _l2_tables(file, snapshots):
+    for table in tables:
         wrong = fix(table)
         if wrong.any():
             count += int(np.count_nonzero(wrong))
@@ -62,7 +71,7 @@ def fix_l2_tables(file: ImageFile, snapshots: Iterable[Snapshot], fix: Fix) -> i
 
 
 def fix_l1_tables(file: ImageFile, snapshots: Iterable[Snapshot], fix: Fix) -> int:
-    """`fix_l2_tables` for the L1 tables; their entries are looked at some at a time."""
+    """The same for the L1 tables of the active disk and of these snapshots, some entries at a time."""
     header = file.header
     places = [(Structure.L1_TABLE, header.l1_table_offset, header.l1_size)]
     places += [(Structure.SNAPSHOT_L1_TABLE, *place) for place in _l1_tables_of(snapshots, header)]
@@ -93,7 +102,7 @@ def correct_flags(file: ImageFile, are_single: AreSingle) -> int:
         named &= (table.entries & np.uint64(COMPRESSED)) == 0
         return _flag(table.entries, named, _all_are if has_data_file else are_single, file.header)
 
-    return fix_l1_tables(file, (), l1) + fix_l2_tables(file, (), l2)
+    return fix_l1_tables(file, (), l1) + fix_active_l2_tables(file, l2)
 
 
 def _all_are(clusters: Clusters) -> Mask:
@@ -175,24 +184,12 @@ def put_where_the_guest_is(header: Header) -> Fix:
 
 def each_l2_table(file: ImageFile) -> Iterator[Table]:
     """Every L2 table of the active disk that has a place of its own, once. Raises OSError."""
-    return _l2_tables(file, ())
-
-
-def _l2_tables(file: ImageFile, snapshots: Iterable[Snapshot]) -> Iterator[Table]:
-    """Every L2 table that has a place of its own, once. What is changed of the one before was written."""
     header = file.header
     clusters, indexes, counts = _named_by(file, header.l1_table_offset, header.l1_size)
     for cluster, index, count in zip(clusters.tolist(), indexes.tolist(), counts.tolist(), strict=True):
         guest_offset = index * header.geometry.l2_coverage if count == 1 else None
         if file.metadata.owner(cluster) == Structure.L2_TABLE:
             yield read_l2_table(file, cluster << header.cluster_bits, guest_offset)
-    seen = clusters
-    for host_offset, size in _l1_tables_of(snapshots, header):
-        clusters, _, _ = _named_by(file, host_offset, size)
-        for cluster in np.setdiff1d(clusters, seen, assume_unique=True).tolist():
-            if file.metadata.owner(cluster) == Structure.SNAPSHOT_L2_TABLE:
-                yield read_l2_table(file, cluster << header.cluster_bits, None)
-        seen = np.union1d(seen, clusters)
 
 
 def _l1_tables_of(snapshots: Iterable[Snapshot], header: Header) -> list[tuple[int, int]]:

@@ -13,7 +13,7 @@ import numpy as np
 from qcow2_plugin.engine.allocator import Allocator
 from qcow2_plugin.engine.bitmaps import read_bitmaps
 from qcow2_plugin.engine.image_file import ImageFile, Structure
-from qcow2_plugin.engine.repair_entries import Mask, Table, each_l2_table, fix_l2_tables, read_l2_table, table_of
+from qcow2_plugin.engine.repair_entries import Mask, Table, each_l2_table, fix_active_l2_tables, read_l2_table, table_of
 from qcow2_plugin.engine.writeback import write_refcounts_now
 from qcow2_plugin.format.bitmaps import FLAG_IN_USE, FLAGS_AT, entry_offsets
 from qcow2_plugin.format.entries import ALL_SUBCLUSTERS, COMPRESSED, COPIED, OFFSET_MASK, ZERO
@@ -47,7 +47,7 @@ def cover_raw_disk(file: ImageFile, allocator: Allocator) -> int:
     """
     header = file.header
     coverage = header.geometry.l2_coverage
-    count = fix_l2_tables(file, (), lambda table: _cover(table, file, header.virtual_size))
+    count = fix_active_l2_tables(file, lambda table: _cover(table, file, header.virtual_size))
     stored = file.storage.pread(8 * header.l1_size, header.l1_table_offset)
     l1_table = np.frombuffer(stored.ljust(8 * header.l1_size, b"\0"), dtype=">u8")
     missing = np.flatnonzero(l1_table[: -(-header.virtual_size // coverage)] == 0).tolist()

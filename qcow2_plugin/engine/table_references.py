@@ -14,8 +14,9 @@ from qcow2_plugin.errors import UnsupportedFeatureError
 
 Array = npt.NDArray[np.int64]
 
-MAX_TABLES = 1 << 24
-"""L2 tables of an image and its snapshots, four times as many as a disk can have; 40 bytes each."""
+MAX_TABLES = 1 << 23
+"""L2 tables of an image and its snapshots, twice as many as a disk can have. Each takes 32 bytes, and four times as
+much while they are counted."""
 _BUFFERED = 1 << 20
 """References kept one by one before they are counted."""
 _NO_INDEX = np.iinfo(np.int64).max

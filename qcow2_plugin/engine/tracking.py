@@ -245,32 +245,27 @@ class BitmapTracker:
         """The chunks of one cluster of bits."""
         return range(index * self._chunks_per_cluster, (index + 1) * self._chunks_per_cluster)
 
-    def store_tables(self) -> bool:
-        """Write what the tables of held bitmaps have to say about new clusters. True if something was written.
-
-        Raises CorruptImageError, OSError.
-        """
-        has_written = False
+    def store_tables(self) -> None:
+        """Write what the tables of held bitmaps have to say about new clusters. Raises CorruptImageError, OSError."""
         for each in self._kept:
             if each.is_held and each.unwritten:
                 table = self.table_of(each)
                 for index in sorted(each.unwritten):
                     self._write(int(table[index]).to_bytes(8, "big"), each.bitmap.table_offset + 8 * index)
                 each.unwritten.clear()
-                has_written = True
-        return has_written
 
     def settle(self, allocator: Allocator, write_back: Callable[[], None]) -> None:
         """Store and settle what is held, durably; `write_back` brings refcounts to disk, and a barrier behind them.
 
-        Raises what it does, and what the steps do.
+        Raises what it does, and what the steps do. The barrier after `store_tables` is for the bits as well: a
+        write-back that finds nothing to do for the image file, beside a data file, has none for it.
         """
         if not self.has_held:
             return
         self.store_bits(allocator)
         write_back()
-        if self.store_tables():
-            self._file.barrier()
+        self.store_tables()
+        self._file.barrier()
         self.finish()
         self._file.barrier()
 

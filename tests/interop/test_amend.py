@@ -240,6 +240,8 @@ def test_sizes_are_refused_before_anything_changes(folder: Path) -> None:
         amend("disk.qcow2", compat="1.1", size=SIZE // 2)
     with pytest.raises(ResizeError, match="version 2 with internal snapshots"):
         amend("disk.qcow2", size=2 * SIZE)
+    with pytest.raises(AmendError, match="nothing would be left of the disk"):
+        amend("disk.qcow2", size=0, allow_shrink=True)
     with pytest.raises(ResizeError, match="too large"):
         amend("disk.qcow2", compat="1.1", size=1 << 60)
     with pytest.raises(OptionError, match='"2" is no compat'):

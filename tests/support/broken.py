@@ -326,9 +326,9 @@ def with_gaps(folder: Path, *, extended_l2: bool = False) -> Image:
     return image
 
 
-def with_aliases(folder: Path) -> Image:
+def with_aliases(folder: Path, base: Callable[[], ImageBuilder] = plain) -> Image:
     """Three guest clusters in one host cluster; refcounts and flags say so."""
-    image = whole(plain, folder)
+    image = whole(base, folder)
     place = image.built.data_offsets[3]
     for cluster in (3, 50, 98):
         image.set_word(image.entry(cluster), place)

@@ -354,6 +354,22 @@ def _compressed_outside(fields: Fields) -> None:
     fields.put(place, fields.word(place) >> bits << bits | fields.beyond)
 
 
+@_way("compressed cluster in three clusters", _COMPRESSED, "refcount-too-low")
+def _compressed_long(fields: Fields) -> None:
+    place = fields.compressed()
+    bits = 70 - (fields.size.bit_length() - 1)
+    start = (fields.word(place) & (1 << bits) - 1) // fields.size * fields.size + fields.size - 100
+    fields.put(place, COMPRESSED | (1 << 62) - (1 << bits) | start)
+
+
+@_way("refcount block where a stream ends behind the file", {"built": _COMPRESSED["built"]}, "refcount-block-shared")
+def _block_behind_stream(fields: Fields) -> None:
+    place, end = fields.compressed(), fields.beyond - 8 * fields.size
+    bits = 70 - (fields.size.bit_length() - 1)
+    fields.put(place, COMPRESSED | 1 << bits | end - 100)
+    fields.put(fields.table(1), end)
+
+
 @_way("zero flag in version 2", _VERSION_2, ours="zero-flag-in-v2")
 def _zero_in_v2(fields: Fields) -> None:
     fields.flip(fields.l2(0), ZERO)
@@ -429,6 +445,11 @@ def _snapshots_with_data_file(fields: Fields) -> None:
 @_way("data file cluster without COPIED", _DATA_FILE, "l2-copied-wrong")
 def _data_not_copied(fields: Fields) -> None:
     fields.flip(fields.l2(1), COPIED)
+
+
+@_way("zeros with COPIED and without a place in a data file", _DATA_FILE)
+def _zeros_copied(fields: Fields) -> None:
+    fields.put(fields.l2(0), COPIED | ZERO)
 
 
 @_way("data file cluster elsewhere", _DATA_FILE, ours="host-not-guest")

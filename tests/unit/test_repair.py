@@ -196,6 +196,15 @@ def test_guest_clusters_get_a_cluster_each(tmp_path: Path) -> None:
     assert all(entry & COPIED for entry in entries)
 
 
+def test_encrypted_clusters_are_not_moved(tmp_path: Path) -> None:
+    """What they hold may depend on where they are. Refcounts are repaired as anywhere."""
+    image = broken.with_aliases(tmp_path, lambda: broken.plain().luks(bytes(SIZE)))
+    before = bytes(image.content)
+    assert repair(before, "all", ours=True).content == before
+    image.set_refcount(image.built.data_offsets[5], 4)
+    assert repair(bytes(image.content), "all").content == before
+
+
 def test_bits_that_mean_nothing_are_cleared(tmp_path: Path) -> None:
     whole = bytes(broken.whole(broken.extended, tmp_path).content)
     image = broken.with_odd_bits(tmp_path)

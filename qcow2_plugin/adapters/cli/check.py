@@ -93,7 +93,11 @@ def add_to(verbs: text.Verbs) -> None:
     parser.add_argument(
         "--repair-ours", action="store_true", help="with -r all: also what is only done on request (see --findings)"
     )
-    parser.add_argument("--to", metavar="NEW", help="repair a copy of the image, which is not changed itself")
+    parser.add_argument(
+        "--to",
+        metavar="NEW",
+        help="repair a copy of the image, which is not changed itself; an external data file is not copied",
+    )
     parser.add_argument(
         "--findings", action="store_true", help="list the findings: where, what, and what a repair would do"
     )
