@@ -12,17 +12,22 @@ The house, top floor first; imports point down only:
     adapters      translation, no logic: `nbd` (connections), `exports` and `command_line` (nbdkit's), `cli` (the
                   `qcow2` command)
     operations    verbs over whole images: `amend`, `check`, `create`, `resize`, `info`, `map`, `vet`, `bitmaps`,
-                  `bitmap_health`, `bitmap_pruning`; `transaction` changes the bitmaps of several images
+                  `bitmap_health`, `bitmap_pruning`, `snapshots`; `transaction` changes the bitmaps of several
+                  images
     engine        one image. Reading: `chain` opens it with all that is below, `image` is the data path, `mapping` says
                   where guest ranges live, `tables` keeps what was read of the L1 and L2 tables, `codec` decompresses,
                   `layout` tells whether the file is all there; `snapshots`, `bitmaps` and `dirty` read the rest.
                   Writing: `writable` is the data path, `placement` says where a write goes, `written_tables` and
-                  `allocator` hold tables and refcounts as they change, `writeback` brings them to disk in order,
+                  `allocator` (over `refcount_blocks`) hold tables and refcounts as they change, `writeback` brings them
+                  to disk in order,
                   `requests` knows who is still moving data, `image_file` lets no write go where it does not belong.
                   Checking: `check` says what is looked for, `check_structures`, `check_tables`, `check_refcounts` and
                   `check_data_file` look, `references` and `table_references` count, `findings` collects.
                   Repairing: `repair` says in which order, `repair_entries`, `repair_refcounts`, `repair_snapshots` and
                   `repair_extra` write, where `damaged_map` and `damaged_snapshots` see a place for it.
+                  Snapshots: `snapshotting` makes, applies and deletes them, `reaching` finds what they refer to,
+                  `recounting` counts it, `differing` compares, `snapshot_sizes` tells what they keep, and
+                  `snapshot_views` who reads them.
                   Around that: `first_change` puts right what must be, `metadata` finds every structure, `tracking`
                   keeps dirty bitmaps true, `bitmap_changes` brings other ones by one switch (`bitmap_plan` says which,
                   `bitmap_content` what they mark), `standing_still` gives them the time, `rebuild` makes

@@ -21,7 +21,7 @@ Source: docs/interop/qcow2.rst, "Header", "Snapshots".
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qcow2_plugin.engine.bitmaps import read_bitmaps
 from qcow2_plugin.engine.image_file import Structure
@@ -33,7 +33,7 @@ from qcow2_plugin.engine.writeback import write_refcounts_now
 from qcow2_plugin.engine.zero_expansion import expand_zero_clusters, has_compressed_clusters
 from qcow2_plugin.errors import AmendError, printable
 from qcow2_plugin.extent import ExtentKind
-from qcow2_plugin.format.geometry import MAX_NAME_LENGTH
+from qcow2_plugin.format.geometry import MAX_NAME_LENGTH, MAX_SNAPSHOT_TABLE_SIZE
 from qcow2_plugin.format.header import (
     AUTOCLEAR_DATA_FILE_RAW,
     COMPATIBLE_LAZY_REFCOUNTS,
@@ -90,7 +90,7 @@ def amend(image: WritableImage, wanted: Amendment, progress: Progress | None = N
         image.resize(wanted.size, allow_shrink=wanted.allow_shrink)
     if wanted.version == 2 and image.header.version > 2:
         with at_rest(image):
-            _require_downgradable(image, image.virtual_size)
+            _require_possible(image, Amendment(version=2))  # others may have amended it since
             _downgrade(image, progress)
 
 
@@ -188,6 +188,11 @@ def _record_sizes(image: WritableImage, known: list[Snapshot]) -> None:
     """Let every snapshot say how large its disk is: as large as the disk is now, since it could not be resized."""
     header = image.header
     table = pack_table(_with_size(snapshot, header.virtual_size) for snapshot in known)
+    if len(table) > MAX_SNAPSHOT_TABLE_SIZE:
+        raise AmendError(
+            "compat=1.1 cannot be: the snapshots leave no room for their sizes; delete some first",
+            file=image.layer.storage.path,
+        )
     place = image.allocator.allocate_table(Structure.SNAPSHOT_TABLE, len(table))
     try:
         image.file.write(Structure.SNAPSHOT_TABLE, table, place)
@@ -228,16 +233,16 @@ def _switch(image: WritableImage, header: Header) -> None:
     header = header.with_extension(EXTENSION_BITMAPS, None)
     names = ("version", "header_length", "additional_fields", "incompatible_features", "compatible_features")
     more_names = ("autoclear_features", "compression_type", "extensions")
-    image.file.update_header(**{name: getattr(header, name) for name in (*names, *more_names)})
-    image.file.barrier()
-    _follow_header(image)
+    _change(image, **{name: getattr(header, name) for name in (*names, *more_names)})
 
 
-def _follow_header(image: WritableImage) -> None:
-    """The open image goes by its new header."""
+def _change(image: WritableImage, **fields: Any) -> None:
+    """Change the header, durably, and let the open image go by it: at once, whatever becomes of the barrier."""
+    image.file.update_header(**fields)
     image.layer = replace(image.layer, header=image.header)
     image.tables.follow_header(image.header)
     image.written.follow_tables()
+    image.file.barrier()
 
 
 # -- features and names --
@@ -256,9 +261,7 @@ def _change_header(image: WritableImage, wanted: Amendment) -> None:
     before = (image.header.compatible_features, image.header.autoclear_features, image.header.extensions)
     if (compatible, autoclear, header.extensions) == before:
         return
-    image.file.update_header(compatible_features=compatible, autoclear_features=autoclear, extensions=header.extensions)
-    image.file.barrier()
-    _follow_header(image)
+    _change(image, compatible_features=compatible, autoclear_features=autoclear, extensions=header.extensions)
 
 
 # -- a raw data file --
@@ -276,9 +279,7 @@ def _make_raw(image: WritableImage) -> None:
         if image.data.size() < image.virtual_size:
             image.data.truncate(image.virtual_size)
         image.file.barrier(image.data)
-        image.file.update_header(autoclear_features=image.header.autoclear_features | AUTOCLEAR_DATA_FILE_RAW)
-        image.file.barrier()
-        _follow_header(image)
+        _change(image, autoclear_features=image.header.autoclear_features | AUTOCLEAR_DATA_FILE_RAW)
 
 
 def _require_equal(image: WritableImage) -> list[int]:

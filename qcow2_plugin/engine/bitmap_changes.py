@@ -149,11 +149,21 @@ class Prepared:
             header_fields |= {"extensions": wanted.extensions, "autoclear_features": features}
         if not header_fields:
             return
-        image.file.update_header(**header_fields)
-        has_switched, self._is_done = not self._is_done, True
-        image.file.barrier()
-        if not has_switched:
-            return
+        try:
+            image.file.update_header(**header_fields)
+            has_switched, self._is_done = not self._is_done, True
+            image.file.barrier()
+            if has_switched:
+                self._follow()
+        except Exception:
+            raise
+        except BaseException:
+            image.file.fail("a change of its bitmaps was interrupted")  # which of them are in force is not known here
+            raise
+
+    def _follow(self) -> None:
+        """The new directory is in force."""
+        image = self._image
         image.tracker.adopt(self._kept)
         image.tables.follow_bitmaps(tracks_changes=not image.tracker.is_empty)
         for clusters in self._retired:

@@ -53,6 +53,7 @@ class _Survey:
         self._problems: list[str | None] = [None] * len(bitmaps)
         self._tables: list[Words | None] = [None] * len(bitmaps)
         self._bits_size = 0
+        self._named = list(self._structures())
 
     def run(self) -> list[Surveyed]:
         self._find_shared_tables()
@@ -81,7 +82,7 @@ class _Survey:
                 furthest_end, furthest = end, index
         for index, bitmap in enumerate(self._bitmaps):
             length = -(-8 * bitmap.table_entries // self._cluster_size) * self._cluster_size
-            for named in self._named():
+            for named in self._named:
                 if named.overlaps(bitmap.table_offset, length):
                     self._problems[index] = f"its table overlaps the {named.name}"
 
@@ -89,8 +90,8 @@ class _Survey:
         start = bitmap.table_offset // self._cluster_size
         return start, start + -(-8 * bitmap.table_entries // self._cluster_size)
 
-    def _named(self) -> Iterator[Table]:
-        """The structures of known place."""
+    def _structures(self) -> Iterator[Table]:
+        """What the header names, and the header itself."""
         yield Table("header", 0, self._cluster_size)
         for table in self._header.tables:
             yield self._whole(table)
@@ -120,7 +121,7 @@ class _Survey:
         last = self._storage.size() - self._cluster_size
         if places.size and int(places.max()) > last:
             return "bits of it lie past the end of the file: the image is truncated"
-        for named in self._named():
+        for named in self._named:
             start, end = np.uint64(named.host_offset), np.uint64(named.host_offset + named.length)
             if ((places >= start) & (places < end)).any():
                 return f"bits of it lie in the {named.name}"

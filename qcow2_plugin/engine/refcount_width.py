@@ -87,11 +87,14 @@ def change_refcount_width(image: WritableImage, refcount_bits: int, progress: Pr
             refcount_table_offset=plan.first + len(plan.slots) << file.header.cluster_bits,
             refcount_table_clusters=plan.table_clusters,
         )
-    except BaseException:
+    except Exception:
         file.metadata.release(range(plan.first, plan.end))
         raise
-    file.barrier()
+    except BaseException:
+        file.fail("a change of its refcounts was interrupted")
+        raise
     try:
+        file.barrier()
         image.allocator.follow_header()
     except BaseException as error:
         file.fail(f"the new refcounts could not be read ({error})")

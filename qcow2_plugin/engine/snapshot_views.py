@@ -38,7 +38,7 @@ class SnapshotViews:
     def close(self, snapshot: Snapshot) -> None:
         """The snapshot is no longer there; `drain` comes next."""
         for disk in list(self._opened):
-            if disk.snapshot == snapshot:
+            if disk.snapshot.id == snapshot.id:  # the rest of its entry may have been written anew
                 disk.close()
 
 

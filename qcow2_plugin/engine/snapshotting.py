@@ -125,7 +125,7 @@ def delete_snapshot(image: WritableImage, wanted: str | bytes) -> Snapshot:
         snapshot = find(known, wanted, image.file.storage.path)
         remaining = [each for each in known if each is not snapshot]
         tables = _l2_tables(image, snapshot.l1_table_offset, snapshot.l1_size)
-        kept = [_l2_tables(image, each.l1_table_offset, each.l1_size) for each in remaining]
+        kept = _tables_of(image, remaining)
         table_place = 0
         with _attempt(image) as attempt:
             if remaining:
@@ -138,7 +138,7 @@ def delete_snapshot(image: WritableImage, wanted: str | bytes) -> Snapshot:
         image.file.barrier()
         image.snapshot_views.close(snapshot)
         image.requests.drain()
-        image.file.metadata.keep(_union(kept))
+        image.file.metadata.keep(kept)
         _retire_run(image, header.snapshots_offset, len(pack_table(known)))
         _retire_run(image, snapshot.l1_table_offset, 8 * snapshot.l1_size)
         try:
@@ -309,6 +309,14 @@ def _l2_tables(image: WritableImage, l1_table_offset: int, l1_size: int) -> Clus
     return l2_tables(image.file.storage, image.header, l1_table_offset, l1_size)
 
 
+def _tables_of(image: WritableImage, snapshots: Sequence[Snapshot]) -> Clusters:
+    """The L2 tables that any of these names, each once."""
+    found = np.zeros(0, dtype=np.int64)
+    for each in snapshots:
+        found = np.union1d(found, _l2_tables(image, each.l1_table_offset, each.l1_size))
+    return found
+
+
 def _next_id(known: Sequence[Snapshot]) -> bytes:
     """One more than the largest; IDs are numbers, or begin with one."""
     numbers = [int(found[0]) for each in known if (found := _NUMBER.match(each.id))]
@@ -366,7 +374,3 @@ def _beyond(tables: Clusters, others: Clusters) -> Clusters:
     _, places, other_places = np.intersect1d(distinct, other_distinct, assume_unique=True, return_indices=True)
     counts[places] -= other_counts[other_places]
     return np.repeat(distinct, np.maximum(counts, 0))
-
-
-def _union(tables: Sequence[Clusters]) -> Clusters:
-    return np.unique(np.concatenate([np.zeros(0, dtype=np.int64), *tables]))

@@ -225,8 +225,8 @@ class BitmapTracker:
             allocator.release(runs)
             raise
         for (each, index), place in zip(homeless, places, strict=True):
+            each.unwritten.add(index)  # before the table has it, so that no interrupt hides what is to be written
             self.table_of(each)[index] = place
-            each.unwritten.add(index)
         for each in held:
             each.changed.clear()
 
@@ -309,6 +309,8 @@ class BitmapTracker:
         if self._hold(self._kept):
             self._file.barrier()
         if new_size > self._virtual_size:
+            if self._virtual_size < self._file.header.virtual_size:
+                self._lose(self._kept)  # they were cut short for a disk that was not: what was behind is forgotten
             self._grow(new_size, allocator)
         else:
             self._shrink(new_size, allocator)

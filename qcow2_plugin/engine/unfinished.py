@@ -10,9 +10,12 @@ Source: `format.transaction`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
+from qcow2_plugin.engine.header import read_header
 from qcow2_plugin.errors import Qcow2Error, UnfinishedTransactionError, about_file, printable
 from qcow2_plugin.format.header import Header
 from qcow2_plugin.format.transaction import (
@@ -25,6 +28,8 @@ from qcow2_plugin.format.transaction import (
     unmarked,
 )
 from qcow2_plugin.storage import WritableStorage
+from qcow2_plugin.storage.file import FileStorage
+from qcow2_plugin.storage.opener import open_given
 
 ReadRecord = Callable[[bytes], bytes]
 """The content of the record of this name; no more than shows that it is too large. Raises Qcow2Error, OSError."""
@@ -87,6 +92,22 @@ def store(storage: WritableStorage, stored: Header, settled: Header) -> None:
     file = ImageFile(storage, stored, MetadataMap([(Structure.HEADER, np.zeros(1, dtype=np.int64))]))
     file.update_header(extensions=settled.extensions, autoclear_features=settled.autoclear_features)
     file.barrier()
+
+
+@contextmanager
+def header_alone(path: str | os.PathLike[str]) -> Iterator[tuple[FileStorage, Header]]:
+    """The image file at `path`, open for writing, and its header; nothing else of the image is looked at.
+
+    Raises NotQcow2Error, UnsupportedFeatureError, CorruptImageError (header), ImageLockedError; OSError.
+    """
+    storage = open_given(path, writable=True)
+    try:
+        header = read_header(storage)
+        with about_file(storage.path):
+            header.require_known_features()
+            yield storage, header
+    finally:
+        storage.close()
 
 
 def has_void_mark(header: Header) -> bool:

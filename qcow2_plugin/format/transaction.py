@@ -20,6 +20,7 @@ from qcow2_plugin.format.header import (
     BitmapsPointer,
     Header,
 )
+from qcow2_plugin.format.names import to_bytes
 
 EXTENSION_TRANSACTION = 0x51425458
 """Known to no other program."""
@@ -141,7 +142,7 @@ class Record:
             raise _corrupt_record("this is no record of one")
         if not isinstance(texts["id"], str) or not isinstance(texts["begun"], str):
             raise _corrupt_record("its id or time is missing")
-        if not isinstance(images, list) or not all(isinstance(name, str) and name for name in images):
+        if not isinstance(images, list) or not all(map(_is_name, images)):
             raise _corrupt_record("it does not list its images")
         try:
             transaction = bytes.fromhex(texts["id"])
@@ -150,6 +151,16 @@ class Record:
         if len(transaction) != ID_SIZE:
             raise _corrupt_record(f"its id has {len(transaction)} bytes")
         return cls(transaction, texts["state"] == _COMMITTED, tuple(images), texts["begun"])
+
+
+def _is_name(told: object) -> bool:
+    """True for text that a file can have as its name."""
+    if not isinstance(told, str):
+        return False
+    try:
+        return bool(told) and b"\0" not in to_bytes(told)
+    except UnicodeEncodeError:
+        return False
 
 
 def _parse_object(content: bytes) -> dict[str, Any]:
@@ -167,7 +178,8 @@ def _parse_object(content: bytes) -> dict[str, Any]:
 
 
 def _corrupt(detail: str) -> CorruptImageError:
-    return CorruptImageError("transaction header extension", detail)
+    way_out = "'qcow2 bitmap recover --lost IMAGE' takes it away, and leaves the bitmaps of before"
+    return CorruptImageError("transaction header extension", f"{detail}; {way_out}")
 
 
 def _corrupt_record(detail: str) -> CorruptImageError:

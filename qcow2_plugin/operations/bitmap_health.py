@@ -10,19 +10,20 @@ from __future__ import annotations
 import enum
 import os
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast
 
 from qcow2_plugin.engine.bitmaps import read_bitmaps
 from qcow2_plugin.engine.header import read_header
-from qcow2_plugin.errors import ImageLockedError, Qcow2Error, UnfinishedTransactionError, about_file, printable
+from qcow2_plugin.errors import CorruptImageError, ImageLockedError, Qcow2Error, about_file, printable
 from qcow2_plugin.format import names as format_names
 from qcow2_plugin.format.bitmaps import Bitmap, table_entries_for
 from qcow2_plugin.format.header import AUTOCLEAR_BITMAPS, EXTENSION_BITMAPS, Header
-from qcow2_plugin.format.transaction import mark_of
+from qcow2_plugin.format.transaction import is_marked, mark_of
 from qcow2_plugin.storage import Storage
+from qcow2_plugin.storage.file import FileStorage
 from qcow2_plugin.storage.opener import open_given
 
 if TYPE_CHECKING:
@@ -90,10 +91,9 @@ def bitmap_health(
     if not isinstance(image, str | os.PathLike):
         return _chosen(_examined_open(image), names, image.layer.storage.path)
     path = os.fspath(image)
-    is_written_to = force_share and _is_written_to(path)
-    file = open_given(path, force_share=force_share)
+    file, held = _opened(path, force_share=force_share)
     try:
-        found = _Examination(file, _known_header(file), path, None if is_written_to else frozenset()).run()
+        found = _Examination(file, _known_header(file), path, held).run()
     finally:
         file.close()
     return _chosen(found, names, path)
@@ -104,12 +104,14 @@ def examined(storage: Storage, header: Header, path: str) -> list[BitmapHealth]:
     return _Examination(storage, header, path, frozenset()).run()
 
 
-def _is_written_to(path: str) -> bool:
-    """True if a program has the image open for writing now."""
-    with suppress(ImageLockedError):
-        open_given(path).close()
-        return False
-    return True
+def _opened(path: str, *, force_share: bool) -> tuple[FileStorage, frozenset[bytes] | None]:
+    """The image file, and which bitmaps a program may hold, as `_Examination` is told."""
+    try:
+        return open_given(path), frozenset()
+    except ImageLockedError:
+        if not force_share:
+            raise
+        return open_given(path, force_share=True), None
 
 
 def _known_header(storage: Storage) -> Header:
@@ -152,15 +154,15 @@ class _Examination:
 
     def run(self) -> list[BitmapHealth]:
         header = self._header
-        is_stale = not header.autoclear_features & AUTOCLEAR_BITMAPS
+        if is_marked(header):
+            return [self._whole(BitmapState.UNFINISHED, _UNFINISHED, self._recover())]
         if header.extension_data(EXTENSION_BITMAPS) is None:
             return []
+        is_stale = not header.autoclear_features & AUTOCLEAR_BITMAPS
         if is_stale:
             header = replace(header, autoclear_features=header.autoclear_features | AUTOCLEAR_BITMAPS)
         try:
             bitmaps = self._listed(header)
-        except UnfinishedTransactionError as error:
-            return [self._whole(BitmapState.UNFINISHED, _sentence(error.detail), self._recover())]
         except Qcow2Error as error:
             if is_stale:
                 return [self._whole(BitmapState.STALE, _STALE, self._drop_all())]
@@ -217,20 +219,24 @@ class _Examination:
         return BitmapHealth(None, state, reason, next_step)
 
     def _recover(self) -> str:
-        mark = mark_of(self._header)
-        name = "" if mark is None else os.fsdecode(mark.record)
-        words = ("qcow2", "bitmap", "recover", os.path.join(os.path.dirname(self._path), name))
-        return f"Finish it: {_command(words)}"
+        back = _command("recover --lost", self._path)
+        mark = None
+        with suppress(CorruptImageError):
+            mark = mark_of(self._header)
+        if mark is None:
+            return f"Go back to the bitmaps of before: {back}"
+        record = os.path.join(os.path.dirname(self._path), os.fsdecode(mark.record))
+        return f"Finish it: {_command('recover', record)}; or, if that file is lost for good: {back}"
 
     def _remove(self, bitmap: Bitmap) -> str:
-        words = ("qcow2", "bitmap", "--remove", self._path, format_names.to_text(bitmap.name))
-        return f"Make a full backup and remove the bitmap: {_command(words)}"
+        command = _command("--remove", self._path, format_names.to_text(bitmap.name))
+        return f"Make a full backup and remove the bitmap: {command}"
 
     def _drop_all(self) -> str:
-        words = ("qcow2", "bitmap", "prune", "--drop-all", self._path)
-        return f"Make a full backup and drop all bitmaps of the image: {_command(words)}"
+        return f"Make a full backup and drop all bitmaps of the image: {_command('prune --drop-all', self._path)}"
 
 
+_UNFINISHED = "A change of the bitmaps of several images was interrupted, and whether it has happened is in its record."
 _STALE = "A program that does not know bitmaps has written to the image since."
 _IN_USE = "A program has the image open for writing and keeps the bits in its memory."
 _CLOSE = "Have that program close the image, then look again."
@@ -239,12 +245,11 @@ _WRONG_SIZE = "It was made for a disk of another size: the disk was resized with
 
 
 def _missing(name: str, path: str) -> BitmapHealth:
-    words = ("qcow2", "bitmap", "--add", path, name)
     return BitmapHealth(
         name,
         BitmapState.MISSING,
         "The image has no bitmap of this name.",
-        f"Start one and make a full backup: {_command(words)}",
+        f"Start one and make a full backup: {_command('--add', path, name)}",
     )
 
 
@@ -252,5 +257,6 @@ def _sentence(reason: str) -> str:
     return f"{reason[0].upper()}{reason[1:]}."
 
 
-def _command(words: Iterable[str]) -> str:
-    return " ".join(shlex.quote(printable(word)) for word in words)
+def _command(action: str, *names: str) -> str:
+    dashes = ["--"] if any(name.startswith("-") for name in names) else []
+    return " ".join(["qcow2 bitmap", action, *dashes, *(shlex.quote(printable(name)) for name in names)])

@@ -15,14 +15,12 @@ from typing import TYPE_CHECKING, Any
 from qcow2_plugin.engine import unfinished
 from qcow2_plugin.engine.bitmap_changes import change_bitmaps
 from qcow2_plugin.engine.bitmap_plan import BitmapChange, Verb
-from qcow2_plugin.engine.header import read_header
-from qcow2_plugin.errors import OptionError, ReadOnlyImageError, about_file, printable
+from qcow2_plugin.errors import OptionError, ReadOnlyImageError, printable
 from qcow2_plugin.format import names as format_names
 from qcow2_plugin.format.header import AUTOCLEAR_DATA_FILE_RAW, EXTENSION_BITMAPS, Header
 from qcow2_plugin.format.transaction import unmarked
 from qcow2_plugin.operations.bitmap_health import BitmapHealth, BitmapState, bitmap_health, examined
 from qcow2_plugin.operations.bitmaps import opened_alone
-from qcow2_plugin.storage.opener import open_given
 
 if TYPE_CHECKING:
     from qcow2_plugin.engine.image import Image
@@ -85,19 +83,13 @@ def drop_bitmaps(path: Path) -> list[BitmapHealth]:
     Raises NotQcow2Error, UnsupportedFeatureError, CorruptImageError (header), ReadOnlyImageError, ImageLockedError;
     OSError.
     """
-    storage = open_given(path, writable=True)
-    try:
-        header = read_header(storage)
-        with about_file(storage.path):
-            header.require_known_features()
+    with unfinished.header_alone(path) as (storage, header):
         if header.corrupt:
-            raise ReadOnlyImageError("the image is marked as corrupt; repair it first", file=storage.path)
+            raise ReadOnlyImageError("the image is marked as corrupt; repair it first")
         found = examined(storage, header, os.fspath(path))
         if found or header.extension_data(EXTENSION_BITMAPS) is not None:
             unfinished.store(storage, header, _without_bitmaps(header))
         return found
-    finally:
-        storage.close()
 
 
 def _without_bitmaps(header: Header) -> Header:

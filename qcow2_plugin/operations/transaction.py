@@ -35,7 +35,8 @@ package clears the bit likewise wherever a mark was not settled before.
 
 **Errors** before 5 take everything back: marks off, new bitmaps given up, record removed. After 5 the images that can
 be switched are, and the others take no changes any more and are switched when they are opened next. If marks cannot be
-taken off, or it is not known whether 5 happened, the images take no changes any more and the record stays.
+taken off, or it is not known whether 5 happened (as when the user interrupts just there), the images take no changes
+any more and the record stays.
 
 **In memory** every open image follows: its tracker knows the new bitmaps once its header is switched, and before the
 next change of its disk those that are enabled are marked in use.
@@ -49,17 +50,16 @@ import os
 import secrets
 import stat
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from qcow2_plugin.engine import unfinished
 from qcow2_plugin.engine.bitmap_changes import Prepared, prepare_bitmaps
 from qcow2_plugin.engine.bitmap_plan import BitmapChange
-from qcow2_plugin.engine.chain import check_writable
-from qcow2_plugin.engine.header import read_header
 from qcow2_plugin.engine.header_rewrite import rehearse
+from qcow2_plugin.engine.layout import check_tables
 from qcow2_plugin.engine.standing_still import at_rest
 from qcow2_plugin.errors import OptionError, Qcow2Error, UnfinishedTransactionError, about_file
 from qcow2_plugin.format.header import BitmapsPointer, Header
@@ -75,8 +75,7 @@ from qcow2_plugin.format.transaction import (
 )
 from qcow2_plugin.operations.bitmaps import opened_alone
 from qcow2_plugin.operations.transaction_record import RecordFile
-from qcow2_plugin.storage.file import FileStorage
-from qcow2_plugin.storage.opener import open_given
+from qcow2_plugin.storage import directory
 
 if TYPE_CHECKING:
     from qcow2_plugin.engine.image import Image
@@ -94,7 +93,8 @@ def bitmap_transaction(
     image that is a file), which is gone at the end. `options` are those of `open_image`, for all images that are not
     open.
 
-    Raises OptionError if the record exists, or has to be named; what `open_image` and `change_bitmaps` do, and
+    Raises OptionError if the record exists, or has to be named, or an open image has been moved since; what `open_image`
+    and `change_bitmaps` do, and
     then nothing has changed; UnfinishedTransactionError if the rest is left to the next `open_image` or to
     `recover_transaction`; OSError.
     """
@@ -103,6 +103,8 @@ def bitmap_transaction(
         return
     with ExitStack() as opened_images:
         parties = [_Party(opened_images.enter_context(opened_alone(image, **options)), each) for image, each in wanted]
+        for party in parties:
+            party.require_place()
         Transaction(parties, _record_file(record, [party.path for party in parties])).run()
 
 
@@ -115,13 +117,13 @@ def _record_file(given: Path | None, images: list[str]) -> RecordFile:
                 file=path,
             )
         return RecordFile(path)
-    directory = next((os.path.dirname(image) for image in images if not stat.S_ISBLK(os.stat(image).st_mode)), None)
-    if directory is None:
+    file = next((image for image in images if not stat.S_ISBLK(os.stat(image).st_mode)), None)
+    if file is None:
         raise OptionError(
             "all images are block devices, and a file beside them would not outlive a restart of the system; "
             "name a file for the record (option record)"
         )
-    return RecordFile(os.path.join(directory, f"bitmaps-{secrets.token_hex(8)}.transaction"))
+    return RecordFile(os.path.join(os.path.dirname(file), f"bitmaps-{secrets.token_hex(8)}.transaction"))
 
 
 class Decider(Protocol):
@@ -161,6 +163,14 @@ class _Party:
     @property
     def new_pointer(self) -> BitmapsPointer | None:
         return None if self.prepared is None else self.prepared.new
+
+    def require_place(self) -> None:
+        """Raises OptionError if the image is somewhere else than where it was opened."""
+        if directory.identity_of(self.path) != self.image.layer.storage.identity:
+            raise OptionError(
+                "the image is no longer where it was opened, so the record could not name it; open it anew",
+                file=self.path,
+            )
 
     def prepare(self) -> None:
         self.prepared = prepare_bitmaps(self.image, self.changes)
@@ -238,6 +248,17 @@ class Transaction:
 
     def _decide(self) -> None:
         """Up to the moment at which the change happens. After an error everything is as before, or the record tells."""
+        self._prepare()
+        if not self._is_recorded:
+            return
+        try:
+            self._decider.switch(self._record(is_committed=True))
+        except OSError:
+            self._take_back()
+            raise
+
+    def _prepare(self) -> None:
+        """Up to the marks. After an error everything is as before."""
         try:
             for party in self._parties:
                 party.prepare()
@@ -252,9 +273,6 @@ class Transaction:
                 party.mark(self._mark_for(party))
             for party in self._active:
                 party.image.file.barrier()
-            self._decider.switch(self._record(is_committed=True))
-        except UnfinishedTransactionError:
-            raise
         except BaseException:
             self._take_back()
             raise
@@ -305,10 +323,10 @@ def _identity(party: _Party) -> tuple[int, int]:
 
 def _seen_from(file: str, other: str) -> str:
     """The name of `other` as it is told in `file`: relative if it lies in or below the directory of that."""
-    directory = os.path.dirname(file)
-    if os.path.commonpath((directory, other)) != directory:
+    start = os.path.dirname(file)
+    if os.path.commonpath((start, other)) != start:
         return other
-    return os.path.relpath(other, directory)
+    return os.path.relpath(other, start)
 
 
 # -- after a crash --
@@ -336,7 +354,7 @@ def recover_transaction(record: Path) -> list[Recovered]:
     for name in told.images:
         path = os.path.join(os.path.dirname(file.path), name)
         try:
-            recovered.append(Recovered(path, _recover(path, told)))
+            recovered.append(Recovered(path, _recover(path, file)))
         except (Qcow2Error, OSError) as error:
             failures.append(error)
     for failure in failures:
@@ -345,19 +363,20 @@ def recover_transaction(record: Path) -> list[Recovered]:
     return recovered
 
 
-def _recover(path: str, record: Record) -> str:
-    with _header_of(path) as (storage, header):
+def _recover(path: str, file: RecordFile) -> str:
+    with unfinished.header_alone(path) as (storage, header):
         mark = mark_of(header)
         if mark is None:
             if not unfinished.has_void_mark(header):
                 return "settled"
             unfinished.store(storage, header, unmarked(header))
             return "void"
+        record = file.read()  # not before: whoever can still change it has the image locked
         if mark.id != record.id:
             return "settled"
         decided = unfinished.decide(header, mark, record, path)
         if decided.is_committed:
-            check_writable(decided.header, storage)
+            check_tables(decided.header, storage, with_bitmaps=True)
         unfinished.store(storage, header, decided.header)
         return "new" if decided.is_committed else "old"
 
@@ -367,7 +386,7 @@ def forget_transaction(path: Path) -> bool:
 
     Raises NotQcow2Error, UnsupportedFeatureError, CorruptImageError (header), ImageLockedError; OSError.
     """
-    with _header_of(path) as (storage, header):
+    with unfinished.header_alone(path) as (storage, header):
         before = unmarked(header)
         if header.extension_data(EXTENSION_TRANSACTION) is None and before.autoclear_features == (
             header.autoclear_features
@@ -375,16 +394,3 @@ def forget_transaction(path: Path) -> bool:
             return False
         unfinished.store(storage, header, before)
         return True
-
-
-@contextmanager
-def _header_of(path: Path) -> Iterator[tuple[FileStorage, Header]]:
-    """The image file, open for writing, and its header."""
-    storage = open_given(path, writable=True)
-    try:
-        header = read_header(storage)
-        with about_file(storage.path):
-            header.require_known_features()
-            yield storage, header
-    finally:
-        storage.close()

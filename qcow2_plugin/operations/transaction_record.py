@@ -41,14 +41,11 @@ class RecordFile:
         successor = self.path + _SUCCESSOR
         directory.write_new(successor, record.pack())
         try:
-            directory.replace(self.path, successor)
-        except BaseException:
-            with suppress(OSError):
-                os.unlink(successor)
-            raise
-        try:
+            os.replace(successor, self.path)
             directory.make_names_durable(os.path.dirname(self.path))
         except BaseException as error:
+            if _is_removed(successor):  # so it has replaced nothing, whatever the error says
+                raise
             raise UnfinishedTransactionError(
                 f"whether the transaction is committed is not known ({error}); "
                 "finish it with 'qcow2 bitmap recover RECORD'",
@@ -70,3 +67,12 @@ class RecordFile:
                 return Record.parse(storage.pread(MAX_RECORD_SIZE + 1, 0))
         finally:
             storage.close()
+
+
+def _is_removed(path: str) -> bool:
+    """Remove the file; False if there is none, or it cannot be."""
+    try:
+        os.unlink(path)
+    except OSError:
+        return False
+    return True

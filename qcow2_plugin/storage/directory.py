@@ -48,12 +48,6 @@ def write_new(path: str, content: bytes) -> None:
         raise
 
 
-def replace(path: str, successor: str) -> None:
-    """Let `path` name what `successor` does, which is no name any more; durable when the directory is. Raises OSError,
-    and then nothing has changed."""
-    os.replace(successor, path)
-
-
 def give_name(temporary: str, path: str | os.PathLike[str]) -> None:
     """Let the file of a temporary name have the name `path` instead, which nothing has so far.
 

@@ -60,6 +60,8 @@ Vet = Callable[[Identity, str], None]
 
 _REGULAR = frozenset({stat.S_IFREG})
 _REGULAR_OR_BLOCK = frozenset({stat.S_IFREG, stat.S_IFBLK})
+_OTHER_WAYS = {"transaction record": "'qcow2 bitmap recover'"}
+"""How the user names a file of such a role, where there is no option for it."""
 _FILE_TYPES = {
     stat.S_IFBLK: "a block device",
     stat.S_IFCHR: "a character device",
@@ -275,7 +277,7 @@ def _missing(name: bytes, role: str, referrer: str, path: str) -> MissingReferen
 
 
 def _option(role: str) -> str:
-    return "option " + role.replace(" ", "-")
+    return _OTHER_WAYS.get(role) or "option " + role.replace(" ", "-")
 
 
 @contextmanager

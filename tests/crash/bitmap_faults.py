@@ -44,8 +44,8 @@ class Faulted:
             self.work = Work(kind, self._storage)
         self.faults.arm(at)
 
-    def _storage(self, log: Log, content: bytes) -> FaultyStorage:
-        return FaultyStorage(log, 0, content, "image", self.faults)
+    def _storage(self, log: Log, number: int, content: bytes) -> FaultyStorage:
+        return FaultyStorage(log, number, content, "image", self.faults)
 
     def run(self, steps: Sequence[Step]) -> bool:
         """Raises WrongError; False if there is no such call."""
@@ -100,9 +100,9 @@ class Faulted:
     def _judge_now(self) -> None:
         """The image as it is on disk at this moment."""
         with self.faults.paused():
-            crashes = Crashes(self.work.log, (self.work.initial,))
+            crashes = Crashes(self.work.log, self.work.initial)
             state = crashes.state(crashes.nothing_lost)
-            if bytes(state.files[0].content()) != bytes(self.work.storage.content):
+            if any(left.content() != file.content for left, file in zip(state.files, self.work.files, strict=True)):
                 raise WrongError("the log does not tell what is in the file")
             self.work.judge(state)
 
@@ -120,7 +120,7 @@ class Faulted:
                 continue
             raise WrongError("a change succeeds after a failed barrier")
         image.close()
-        crashes = Crashes(self.work.log, (self.work.initial,))
+        crashes = Crashes(self.work.log, self.work.initial)
         last = len(crashes.intervals) - 1
         plans = [plan for plan in crashes.plans() if plan.interval == last]
         for plan in random.Random(self.at).sample(plans, min(CLASS_7_STATES, len(plans))):

@@ -18,7 +18,7 @@ from __future__ import annotations
 import functools
 import random
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -29,13 +29,13 @@ from qcow2_plugin.engine.bitmap_plan import BitmapChange, BitmapVerb, Verb, rota
 from qcow2_plugin.operations.bitmaps import change_bitmaps
 from tests.crash.history import NEVER, as_sectors, text
 from tests.crash.opening import open_readable, read_disk
-from tests.crash.scenario import WrongError
+from tests.crash.scenario import MakeStorage, WrongError, record
 from tests.support.builder import ImageBuilder
 from tests.support.crash_states import Crashes, State, sample
 from tests.support.image_checker import BitmapFacts, Report, check_image
 from tests.support.in_memory import open_in_memory
 from tests.support.memory_storage import MemoryStorage
-from tests.support.recording import SECTOR, Log, RecordingStorage
+from tests.support.recording import SECTOR, Log
 from tests.support.tools import qemu_img
 
 KIB = 1 << 10
@@ -72,19 +72,27 @@ class Marked:
 Bitmaps = dict[bytes, Marked]
 
 
+Files = tuple[bytes, ...]
+"""The contents of an image file and of its data file, if it has one."""
+
+
 @functools.cache
-def image(kind: str) -> tuple[bytes, Bitmaps]:
+def image(kind: str) -> tuple[Files, Bitmaps]:
     """An image of a kind, and its bitmaps.
 
-    `small`: five bitmaps, one of them stale, 512-byte clusters. `none`: no bitmap yet, 8 KiB clusters, as QEMU makes
-    it: the header has to be laid out anew for the first.
+    `small`: five bitmaps, one of them stale, 512-byte clusters. `data file`: the same with a data file. `none`: no
+    bitmap yet, 8 KiB clusters, as QEMU makes it: the header has to be laid out anew for the first.
     """
     with tempfile.TemporaryDirectory(prefix="bitmaps-") as folder:
         path = Path(folder) / "image"
         if kind == "none":
             qemu_img("create", "-q", "-f", "qcow2", "-o", "cluster_size=8192", path, str(256 * KIB))
-            return path.read_bytes(), {}
+            return (path.read_bytes(),), {}
         builder = ImageBuilder(96 * KIB, 9)
+        paths = [path]
+        if kind == "data file":
+            paths.append(Path(folder) / "data")
+            builder.data_file(paths[1], b"data")
         for cluster in range(0, 40, 2):
             builder.data(cluster, text("base", cluster * 512, 512))
         builder.bitmap(b"a", [(0, 512), (70 * KIB, 512)], granularity_bits=9, flags=AUTO)
@@ -93,9 +101,9 @@ def image(kind: str) -> tuple[bytes, Bitmaps]:
         builder.bitmap(b"stale", [(0, KIB)], granularity_bits=9, flags=AUTO | 1)
         builder.bitmap(b"away", [(30 * KIB, KIB)], granularity_bits=9)
         builder.build(path)
-        content = path.read_bytes()
+        files = tuple(each.read_bytes() for each in paths)
     view = builder.expected()
-    return content, {
+    return files, {
         bitmap.name: Marked(
             1 << bitmap.granularity_bits,
             bool(bitmap.flags & AUTO),
@@ -103,7 +111,7 @@ def image(kind: str) -> tuple[bytes, Bitmaps]:
             view,
             is_stale=bitmap.granules is None,
         )
-        for bitmap in check_image(content).bitmaps
+        for bitmap in check_image(files[0]).bitmaps
     }
 
 
@@ -156,7 +164,7 @@ class Work:
     settled."""
 
     kind: str
-    make_storage: Callable[[Log, bytes], RecordingStorage] = lambda log, content: RecordingStorage(log, 0, content)
+    make_storage: MakeStorage = record
     log: Log = field(default_factory=Log)
     writes: list[Written] = field(default_factory=list)
     has_failed: bool = False
@@ -164,12 +172,13 @@ class Work:
 
     def __post_init__(self) -> None:
         self.initial, bitmaps = image(self.kind)
-        self.storage = self.make_storage(self.log, self.initial)
-        self.image = open_in_memory(self.storage)
+        self.files = [self.make_storage(self.log, number, content) for number, content in enumerate(self.initial)]
+        self.storage = self.files[0]
+        self.image = open_in_memory(*self.files)
         self.view = bytearray(read_disk(self.image))
         self.moments = [Moment(-1, 0, bitmaps)]
         self.rests: list[tuple[int, int]] = [(-1, 0)]
-        self.first_leaks = check_image(self.initial).all_leaks
+        self.first_leaks = check_image(self.initial[0]).all_leaks
         self._number = 0
 
     @property
@@ -194,7 +203,7 @@ class Work:
             self.image.close()
             self.rests.append((start, self.log.now))
             if step.verb == "reopen":
-                self.image = open_in_memory(self.storage)
+                self.image = open_in_memory(*self.files)
 
     def _write(self, offset: int, length: int) -> None:
         self._number += 1
@@ -245,10 +254,10 @@ class Work:
 
     def judge(self, state: State) -> Report:
         """Raises WrongError."""
-        content = state.files[0].content()
-        report = self._sound(content)
+        files = _stored(state)
+        report = self._sound(files[0].content)
         try:
-            with open_readable(MemoryStorage(content)) as opened:
+            with open_readable(*files) as opened:
                 view = read_disk(opened)
         except Exception as error:
             raise WrongError(f"the disk cannot be read: {type(error).__name__}: {error}") from error
@@ -326,11 +335,12 @@ class Work:
 
     def recover(self, state: State) -> None:
         """The next writer can go on: it writes, adds a bitmap and closes."""
-        storage = MemoryStorage(state.files[0].content())
+        files = _stored(state)
+        storage = files[0]
         before = {bitmap.name: bitmap for bitmap in check_image(storage.content).bitmaps}
         leaks = check_image(storage.content).all_leaks
         try:
-            with open_in_memory(storage) as opened:
+            with open_in_memory(*files) as opened:
                 opened.write_from(b"x" * 512, 9 * SECTOR)
                 change_bitmaps(opened, [BitmapChange(Verb.ADD, b"after all", GRANULES)])
                 opened.write_from(b"x" * 512, 10 * SECTOR)
@@ -346,6 +356,11 @@ class Work:
             kept = after[name]
             if (kept is None) != (bitmap.granules is None) or not (bitmap.granules or _NONE) <= (kept or _NONE):
                 raise WrongError(f"bitmap {name!r} is not what the one before has left")
+
+
+def _stored(state: State) -> list[MemoryStorage]:
+    """The files that a crash has left."""
+    return [MemoryStorage(file.content()) for file in state.files]
 
 
 # ---- workloads
@@ -416,7 +431,7 @@ def _writes(chance: random.Random, places: list[int]) -> Iterator[Step]:
 def random_work(seed: int, count: int = 14) -> tuple[str, str, list[Step]]:
     """As `workloads`: changes that can be, one or two at once, and writes, as they come."""
     chance = random.Random(seed)
-    kind = chance.choice(["small", "small", "none"])
+    kind = chance.choice(["small", "data file", "none"])
     bitmaps, size = image(kind)[1], 96 * KIB
     places = [chance.randrange(0, size - 2048, 256) for _ in range(4)]
     steps: list[Step] = []
@@ -451,7 +466,7 @@ def crash(name: str, kind: str, steps: Sequence[Step], states: int) -> int:
     work.run(steps)
     if steps[-1].verb in ("close", "reopen"):
         work.check_closed()
-    crashes = Crashes(work.log, (work.initial,))
+    crashes = Crashes(work.log, work.initial)
     seen: set[tuple[object, ...]] = set()
     for number, plan in sample(crashes.plans(), name):
         state = crashes.state(plan)

@@ -21,6 +21,7 @@ from qcow2_plugin.engine import first_change, rebuild
 from qcow2_plugin.engine.allocator import Allocator, Retired, Run
 from qcow2_plugin.engine.image_file import ImageFile, Structure
 from qcow2_plugin.engine.placement import NO_FILL, WrittenMapping
+from qcow2_plugin.engine.repair_refcounts import set_refcounts
 from qcow2_plugin.engine.tracking import BitmapTracker
 from qcow2_plugin.engine.writable import WritableImage
 from qcow2_plugin.engine.writeback import WriteBack, write_refcounts
@@ -199,14 +200,14 @@ def bitmap_settled_before_its_bits(patch: Patch) -> None:
 
 def clean_before_the_refcounts(patch: Patch) -> None:
     """The dirty bit is cleared, and then the refcounts are corrected."""
-    original = rebuild.set_refcounts
+    original = set_refcounts
 
-    def set_refcounts(file: ImageFile, *arguments: Any) -> None:
+    def set_early(file: ImageFile, *arguments: Any) -> None:
         file.update_header(incompatible_features=file.header.incompatible_features & ~INCOMPATIBLE_DIRTY)
         file.barrier()
         original(file, *arguments)
 
-    patch.setattr(rebuild, "set_refcounts", set_refcounts)
+    patch.setattr(rebuild, "set_refcounts", set_early)
 
 
 def raw_zeros_after_the_tables(patch: Patch) -> None:

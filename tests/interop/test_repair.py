@@ -226,6 +226,7 @@ SMALL = [
 MUTATIONS = 3 * settings().max_examples // 100
 
 
+@pytest.mark.timeout(120 if MUTATIONS < 10 else 3600)
 @pytest.mark.parametrize("mode", ["leaks", "all"])
 @pytest.mark.parametrize("kind", SMALL)
 def test_whatever_is_changed_nothing_gets_worse(kind: str, mode: Mode, tmp_path: Path) -> None:

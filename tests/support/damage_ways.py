@@ -489,6 +489,11 @@ def _snapshot_outside(fields: Fields) -> None:
     fields.put(fields.snapshot(), fields.beyond)
 
 
+@_way("snapshot L1 table where no file can reach", _KEPT, "table-unreachable", aborts=True)
+def _snapshot_unreachable(fields: Fields) -> None:
+    fields.put(fields.snapshot(), 1 << 63)
+
+
 @_way(
     "snapshot without the size of its disk",
     {"built": _built(lambda folder: plain().snapshot(b"1", b"old", extra=b"").snapshot(b"2", b"old", extra=bytes(8)))},

@@ -18,6 +18,10 @@ from tests.support.image_checker import Report, check_image
 from tests.support.recording import Log, RecordingStorage
 from tests.support.reference import CorruptError, ReferenceReader
 
+MAX_CLUSTERS = 1 << 15
+"""Of each disk that are read; the header of a damaged image may promise many more."""
+MAX_SNAPSHOTS = 16
+
 ReadableDisks = dict[tuple[str | None, int], bytes | None]
 """By snapshot (None: the active disk) and guest cluster what is read there, None for an error."""
 
@@ -48,7 +52,7 @@ def readable(content: bytes | bytearray, data: bytes | None = None) -> ReadableD
     for snapshot in (None, *snapshot_ids(content)):
         reader = Reader(content, data, snapshot)
         size = reader.cluster_size
-        for cluster in range(-(-reader.virtual_size // size)):
+        for cluster in range(min(-(-reader.virtual_size // size), MAX_CLUSTERS)):
             found[snapshot, cluster] = _read(reader, cluster * size, len(content))
     return found
 
@@ -67,7 +71,7 @@ def _read(reader: Reader, guest_offset: int, file_size: int) -> bytes | None:
 def snapshot_ids(content: bytes | bytearray) -> Iterator[str]:
     """The IDs in the snapshot table, whose L1 tables are in the file."""
     cluster_bits, (count, offset) = content[23], struct.unpack_from(">IQ", content, 60)
-    for _ in range(count):
+    for _ in range(min(count, MAX_SNAPSHOTS)):
         if offset + 40 > len(content):
             return
         l1_offset, _, id_size, name_size = struct.unpack_from(">QIHH", content, offset)

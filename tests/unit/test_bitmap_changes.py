@@ -13,7 +13,14 @@ from qcow2_plugin.engine.bitmap_changes import BitmapChange, Verb, prepare_bitma
 from qcow2_plugin.engine.chain import open_alone
 from qcow2_plugin.engine.standing_still import at_rest
 from qcow2_plugin.engine.writable import WritableImage
-from qcow2_plugin.errors import BitmapError, ImageClosedError, MissingReferenceError, OptionError, ReadOnlyImageError
+from qcow2_plugin.errors import (
+    BitmapError,
+    FailedImageError,
+    ImageClosedError,
+    MissingReferenceError,
+    OptionError,
+    ReadOnlyImageError,
+)
 from qcow2_plugin.format.header import EXTENSION_BITMAPS, BitmapsPointer
 from qcow2_plugin.operations.bitmaps import add_bitmap, change_bitmaps, clear_bitmap, rotate_bitmap
 from qcow2_plugin.storage import Buffer
@@ -212,3 +219,41 @@ def test_what_is_in_a_backing_file_that_was_not_opened_cannot_be_had(tmp_path: P
         add_bitmap(image, "b")
     report = check_image(path.read_bytes())
     assert report.is_sound and not report.all_leaks
+
+
+class Interrupting(MemoryStorage):
+    """Does what it is asked to, and is interrupted right behind: by the write that switches, or by its barrier."""
+
+    at: str | None = None
+    has_switched = False
+
+    def write_from(self, buffer: Buffer, host_offset: int) -> None:
+        """Write all of `buffer` at `host_offset`."""
+        super().write_from(buffer, host_offset)
+        self.has_switched = not host_offset >> 9
+        self._come_to("write")
+
+    def barrier(self) -> None:
+        """Nothing is lost."""
+        super().barrier()
+        self._come_to("barrier")
+
+    def _come_to(self, what: str) -> None:
+        if self.has_switched and self.at == what:
+            self.at = None
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("at", ["write", "barrier"])
+def test_interrupted_at_the_switch_takes_no_more_changes(tmp_path: Path, at: str) -> None:
+    """Which directory is in force is not known then: neither is believed, and nothing that they name is free."""
+    storage = Interrupting(built(tmp_path).path.read_bytes(), "image")
+    image = open_in_memory(storage)
+    storage.at = at
+    with pytest.raises(KeyboardInterrupt):
+        rotate_bitmap(image, "a", "b")
+    with pytest.raises(FailedImageError, match="interrupted"):
+        image.write_from(b"x" * 512, 0)
+    image.close()
+    assert check_image(storage.content).is_sound
+    assert marks(storage) == {b"a": {2}, b"b": set()}

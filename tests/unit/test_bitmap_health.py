@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import random
+import shlex
 from pathlib import Path
 
 import pytest
 
 from qcow2_plugin import create_image, open_image, resize
+from qcow2_plugin.adapters.cli import main
 from qcow2_plugin.engine.bitmaps import read_bitmaps
 from qcow2_plugin.engine.dirty import DirtyBitmap
 from qcow2_plugin.engine.header import read_header
@@ -133,6 +135,14 @@ def test_an_image_without_bitmaps() -> None:
     assert only(["b"]).state is BitmapState.MISSING
     ImageBuilder(MIB, version=2).build("old.qcow2")
     assert bitmap_health("old.qcow2") == []
+
+
+def test_a_name_that_looks_like_an_option() -> None:
+    build(disk().bitmap(b"--add", flags=IN_USE | AUTO), "-disk")
+    (found,) = bitmap_health("-disk")
+    assert (found.next_step or "").endswith(": qcow2 bitmap --remove -- -disk --add")
+    assert main(shlex.split(found.next_step or "")[-5:]) == 0
+    assert bitmap_health("-disk") == []
 
 
 def test_a_directory_that_cannot_be_read_speaks_for_every_name() -> None:

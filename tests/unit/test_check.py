@@ -21,7 +21,7 @@ from qcow2_plugin.storage import Storage
 from qcow2_plugin.storage.opener import open_given
 from tests.support.builder import ImageBuilder
 from tests.support.damage import IMAGE, SOUND, plain, rich, with_data_file
-from tests.support.damage_ways import DAMAGES
+from tests.support.damage_ways import DAMAGES, Fields
 from tests.support.fields import COPIED, patch, set_field
 from tests.support.memory import MemoryStorage
 
@@ -94,6 +94,14 @@ def test_clusters_in_a_row_are_one_finding(tmp_path: Path) -> None:
     assert [(each.count, each.data[1:]) for each in found.findings] == [(3, (7, 0)), (2, (1, 0))]
     assert found.findings[1].data[0] == found.findings[0].data[0] + 3
     assert found.findings[0].host_offset == found.findings[0].data[0] << 12
+
+
+def test_clusters_apart_are_findings_of_their_own(tmp_path: Path) -> None:
+    fields = Fields(plain(12).build(tmp_path / IMAGE).path)
+    start = fields.grow(4)
+    for number in (0, 1, 3):
+        fields.set_refcount(start + number * fields.size, 5)
+    assert [(each.count, each.data[0] - (start >> 12)) for each in look(fields.content).findings] == [(2, 0), (1, 3)]
 
 
 def test_a_fault_in_a_shared_table_counts_for_each_that_names_it(tmp_path: Path) -> None:

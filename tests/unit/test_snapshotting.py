@@ -119,25 +119,19 @@ def test_limits_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     opened.assert_clean()
 
 
-@pytest.mark.parametrize("structure", ["header", "refcount block", "L1 table", "L2 table"])
+@pytest.mark.parametrize("structure", ["refcount block", "L1 table", "L2 table"])
 def test_an_entry_that_leads_into_a_structure_is_refused(structure: str, tmp_path: Path) -> None:
     opened = InMemory(filled(), tmp_path)
-    header = opened.disk.header
     place = {
-        "header": 0,
         "refcount block": opened.built.refcount_block_offsets[0],
-        "L1 table": header.l1_table_offset,
+        "L1 table": opened.disk.header.l1_table_offset,
         "L2 table": opened.built.l2_offsets[0],
     }[structure]
-    if not place:
-        pytest.skip("an entry of 0 names nothing")
     opened.disk.close()
-    opened.storage.content[opened.built.l2_entry_offset(9) :][:0] = b""
     struct.pack_into(">Q", opened.storage.content, opened.built.l2_entry_offset(9), place)
     opened.reopen()
-    for change in (create_snapshot,):
-        with pytest.raises(CorruptImageError, match="points to a structure"):
-            change(opened.disk, b"new", 0)
+    with pytest.raises(CorruptImageError, match="points to a structure"):
+        create_snapshot(opened.disk, b"new", 0)
     with pytest.raises(FailedImageError):
         create_snapshot(opened.disk, b"new", 0)
     assert opened.field("incompatible_features") & 2
@@ -161,10 +155,6 @@ def test_tables_that_are_named_more_than_once_count_as_often(tmp_path: Path) -> 
     built = image.build(path)
     tables = [built.l2_offsets[0], built.l2_offsets[1]]
     names = [tables[0], tables[1], tables[0], 0, tables[0], tables[1], 0, 0]
-    for table, times in zip(tables, (3, 2), strict=True):
-        image.refcount(table // 512, times)
-        first = built.l2_offsets.index(table) if isinstance(built.l2_offsets, list) else None
-        del first
     content = bytearray(path.read_bytes())
     struct.pack_into(">8Q", content, built.l1_offset, *names)
     counts = references(content, built.l1_offset, 8)

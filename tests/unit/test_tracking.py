@@ -24,6 +24,7 @@ from qcow2_plugin.storage import Buffer
 from tests.support.builder import BuiltImage, ImageBuilder
 from tests.support.crash_states import Crashes
 from tests.support.image_checker import BitmapFacts, check_image
+from tests.support.in_memory import open_in_memory
 from tests.support.recording import Action, Log, RecordingStorage
 
 CLUSTER = 512
@@ -657,3 +658,28 @@ def test_a_write_that_fails_while_bitmaps_follow_the_disk(tmp_path: Path, old: f
         for bitmap in report.bitmaps:
             assert bitmap.granules in (None, before[bitmap.name.decode()]), (count, bitmap)
     assert count > 1
+
+
+@pytest.mark.parametrize("then", [60 << 10, 96 << 10, 200 << 10])
+def test_marks_behind_a_cut_that_was_not_to_be_are_not_taken_for_clean(tmp_path: Path, then: int) -> None:
+    """The bitmaps have followed to a smaller disk, the disk has not, and later goes to another size."""
+    told = ImageBuilder(96 << 10, 9).data(80, b"old")
+    told.bitmap(b"on", [(70 << 10, 512)], granularity_bits=9, flags=AUTO).bitmap(
+        b"off", [(50 << 10, 512)], granularity_bits=9
+    )
+    content, _ = build(tmp_path, told)
+    storage = _Storage(Log(), 0, content)
+    disk = open_in_memory(storage)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(OSError, match="broken"):
+        patch.setattr(disk.file, "update_header", _broken)
+        disk.resize(40 << 10, allow_shrink=True)
+    disk.write_from(b"new" * 512, 45 << 10)
+    disk.resize(then)
+    disk.close()
+    report = check_image(storage.content)
+    assert report.is_sound
+    assert [bitmap.granules for bitmap in report.bitmaps] == [None, None]
+
+
+def _broken(**_: object) -> None:
+    raise OSError(errno.EIO, "broken")

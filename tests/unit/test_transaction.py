@@ -141,6 +141,17 @@ def test_a_refusal_by_one_changes_none() -> None:
     assert_sound(*NAMES)
 
 
+def test_an_image_that_is_elsewhere_by_now(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The record would name another file."""
+    with open_image("a.qcow2", writable=True) as image:
+        for move in (lambda: os.rename("a.qcow2", "moved.qcow2"), lambda: shutil.copy("b.qcow2", "a.qcow2")):
+            move()
+            with pytest.raises(OptionError, match="no longer"):
+                bitmap_transaction({image: ROTATE, "b.qcow2": ROTATE}, record="record")
+        os.replace("moved.qcow2", "a.qcow2")
+        bitmap_transaction({image: ROTATE, "b.qcow2": ROTATE}, record="record")
+
+
 def test_the_same_image_by_two_names() -> None:
     os.link("a.qcow2", "same.qcow2")
     with pytest.raises(ImageLockedError):
@@ -228,10 +239,30 @@ def test_looks_at_one_file_say_that_it_is_in_doubt(interrupted: list[str]) -> No
     assert "in doubt" in found.problems[0]
     (whole,) = bitmap_health("a.qcow2")
     assert (whole.name, whole.state.value, whole.needs_full) == (None, "unfinished", True)
-    assert whole.next_step == f"Finish it: qcow2 bitmap recover {record()}"
+    assert whole.next_step == (
+        f"Finish it: qcow2 bitmap recover {record()}; "
+        "or, if that file is lost for good: qcow2 bitmap recover --lost a.qcow2"
+    )
     assert record() in found.problems[0]
     (named,) = bitmap_health("a.qcow2", ["b0"])
     assert (named.name, named.state.value) == ("b0", "unfinished")
+
+
+def test_an_image_that_is_to_get_its_first_bitmap_is_in_doubt_as_well() -> None:
+    remove_bitmap("a.qcow2", "b0")
+    put_mark(BitmapsPointer(1, 32, 1 << 16), b"record")
+    assert [(each.name, each.state.value) for each in bitmap_health("a.qcow2")] == [(None, "unfinished")]
+    assert [(each.name, each.state.value) for each in bitmap_health("a.qcow2", ["b1"])] == [("b1", "unfinished")]
+
+
+def test_a_mark_that_cannot_be_read_has_a_way_out(folder: Path) -> None:
+    put_mark(BitmapsPointer(1, 32, 1 << 16), b"")
+    (whole,) = bitmap_health("a.qcow2")
+    assert whole.next_step == "Go back to the bitmaps of before: qcow2 bitmap recover --lost a.qcow2"
+    with pytest.raises(CorruptImageError, match="bitmap recover --lost"):
+        open_image("a.qcow2", writable=True)
+    assert forget_transaction("a.qcow2")
+    assert names_in("a.qcow2") == ["b0"]
 
 
 def test_a_service_that_vets_images_wants_none_of_it(interrupted: list[str]) -> None:
@@ -260,6 +291,24 @@ def test_recover_settles_all(interrupted: list[str]) -> None:
     assert sorted(os.listdir()) == sorted(NAMES)
     assert names_in("a.qcow2") == interrupted
     assert names_in("b.qcow2") == [*interrupted, "more"]
+
+
+def test_recover_asks_the_record_when_nobody_can_change_it_any_more(
+    interrupted: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A transaction that still runs when it is read first may commit, switch one image, and crash."""
+    decided = Path(record()).read_bytes()
+    Path(record()).write_bytes(decided.replace(b'"committed"', b'"prepared"'))
+    read = RecordFile.read
+
+    def reading(file: RecordFile) -> Record:
+        told = read(file)
+        Path(file.path).write_bytes(decided)
+        return told
+
+    monkeypatch.setattr(RecordFile, "read", reading)
+    recover_transaction(record())
+    assert [names_in(name) for name in NAMES] == [interrupted] * 3
 
 
 def test_recover_can_be_interrupted_too(interrupted: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -324,16 +373,13 @@ def test_no_repair_before_it_is_settled(interrupted: list[str]) -> None:
 
 
 def test_an_image_that_is_corrupt_as_well(interrupted: list[str]) -> None:
+    """It is repaired afterwards: a repair would free the clusters of one side."""
     patch("a.qcow2", 79, b"\2")
     with pytest.raises(ReadOnlyImageError, match="corrupt"):
         open_image("a.qcow2", writable=True)
-    if len(interrupted) > 1:
-        with pytest.raises(ReadOnlyImageError, match="corrupt"):
-            recover_transaction(record())
-        assert forget_transaction("a.qcow2")
     recover_transaction(record())
     check("a.qcow2", repair="all")
-    assert names_in("a.qcow2") == ["b0"]
+    assert names_in("a.qcow2") == interrupted
 
 
 def test_another_writer_in_between_makes_the_mark_void(interrupted: list[str]) -> None:
@@ -420,6 +466,7 @@ def test_a_mark_follows_no_name_that_it_should_not(name: bytes, folder: Path) ->
         with pytest.raises(UnfinishedTransactionError) as caught:
             open_image("a.qcow2", writable=True)
     assert_harmless_text(str(caught.value))
+    assert "option transaction-record" not in str(caught.value)  # there is none
     absolute = {each for each in opened if each.startswith("/") and not each.startswith("/proc/self/fd/")}
     assert not absolute, "a name was followed"
     assert forget_transaction("a.qcow2")

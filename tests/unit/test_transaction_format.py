@@ -133,6 +133,8 @@ def test_any_bytes_are_no_record(content: bytes) -> None:
         {"images": "a"},
         {"images": ["a", 5]},
         {"images": [""]},
+        {"images": ["a\0b"]},
+        {"images": ["\ud800"]},
     ],
 )
 def test_what_is_no_record(change: dict[str, object]) -> None:

@@ -109,6 +109,23 @@ def test_once_it_is_replaced_a_failure_leaves_it_in_doubt(
         file.switch(COMMITTED)
 
 
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "no answer"), KeyboardInterrupt()])
+def test_a_replacement_that_happens_and_fails_leaves_it_in_doubt(
+    file: RecordFile, error: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As over a network: done, but the answer is lost."""
+    file.create(PREPARED)
+    replace = os.replace
+
+    def fail(*names: str) -> None:
+        replace(*names)
+        raise error
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(UnfinishedTransactionError, match="not known"):
+        file.switch(COMMITTED)
+
+
 def test_a_write_may_be_done_in_parts(file: RecordFile, monkeypatch: pytest.MonkeyPatch) -> None:
     write = os.write
     monkeypatch.setattr(os, "write", lambda fd, data: write(fd, data[:7]))

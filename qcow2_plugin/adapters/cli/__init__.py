@@ -25,6 +25,7 @@ examples:
   qcow2 info disk.qcow2                 what the image says about itself
   qcow2 map --output=json disk.qcow2    where every byte comes from, as qemu-img tells it
   qcow2 check disk.qcow2                is it sound?
+  qcow2 snapshot -c before disk.qcow2   keep the disk as it is now
   qcow2 serve disk.qcow2                serve it over NBD until Ctrl-C
   qcow2 vet upload.qcow2                may this image from a stranger be opened?
 
