@@ -237,11 +237,13 @@ def _switch(image: WritableImage, header: Header) -> None:
 
 
 def _change(image: WritableImage, **fields: Any) -> None:
-    """Change the header, durably, and let the open image go by it: at once, whatever becomes of the barrier."""
-    image.file.update_header(**fields)
-    image.layer = replace(image.layer, header=image.header)
-    image.tables.follow_header(image.header)
-    image.written.follow_tables()
+    """Change the header, durably, and let the open image go by what is in force, whatever happens."""
+    try:
+        image.file.update_header(**fields)
+    finally:
+        image.layer = replace(image.layer, header=image.header)
+        image.tables.follow_header(image.header)
+        image.written.follow_tables()
     image.file.barrier()
 
 

@@ -81,8 +81,8 @@ class _Target:
 
 
 class _Change(NamedTuple):
-    """What `cluster_count` entries from this number on become: the clusters in line from `host_offset` on. `old` is what the
-    entry was, the same for all of them."""
+    """What `cluster_count` entries from this number on become: the clusters in line from `host_offset` on. `old` is
+    what the entry was, the same for all of them."""
 
     entry: int
     cluster_count: int

@@ -106,7 +106,7 @@ def _plan(image: WritableImage, order: int) -> _Plan:
     per_block = image.cluster_size * 8 >> order
     first = allocator.end_of_use() >> cluster_bits
     slots = _used_slots(allocator, per_block)
-    block_count = table_clusters = 0
+    block_count, table_clusters = 0, 1
     while True:
         end = first + block_count + table_clusters
         slots = np.union1d(slots, np.arange(first // per_block, -(-end // per_block)))

@@ -76,6 +76,8 @@ def expand_zero_clusters(image: WritableImage, progress: Progress | None) -> Non
         for start in range(0, len(clusters), _BATCH):
             end = min(start + _BATCH, len(clusters))
             _expand(image, list(_tables(image, clusters[start:end], counts[start:end])))
+            if image.allocator.is_full:
+                image.write_back.run_alone()
             if progress is not None:
                 progress(end, len(clusters))
     finally:

@@ -93,10 +93,9 @@ def bitmap_transaction(
     image that is a file), which is gone at the end. `options` are those of `open_image`, for all images that are not
     open.
 
-    Raises OptionError if the record exists, or has to be named, or an open image has been moved since; what `open_image`
-    and `change_bitmaps` do, and
-    then nothing has changed; UnfinishedTransactionError if the rest is left to the next `open_image` or to
-    `recover_transaction`; OSError.
+    Raises OptionError if the record exists or has to be named, or if an open image has been moved since; what
+    `open_image` and `change_bitmaps` do, and then nothing has changed; UnfinishedTransactionError if the rest is left
+    to the next `open_image` or to `recover_transaction`; OSError.
     """
     wanted = [(image, list(each)) for image, each in changes.items() if each]
     if not wanted:

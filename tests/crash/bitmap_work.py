@@ -393,13 +393,15 @@ FIRST = {"add": (), "rotate": ("add",), "remove": ("add",), "remove next": ("add
 
 def workloads() -> Iterator[tuple[str, str, list[Step]]]:
     """(name, kind, steps): every change alone, on an image that nobody writes to and on one that is in use, and in
-    pairs."""
+    pairs, with a data file too."""
     for name, change in CHANGES.items():
         yield f"{name} alone", "small", [_step(change), Step("close")]
     for first, change in CHANGES.items():
         for second, other in CHANGES.items():
             if first != second and (first, second) not in IMPOSSIBLE:
-                yield f"{first}, {second}", "small", list(_mixed(f"{first}/{second}", (change, other), 96 * KIB))
+                for kind, tail in (("small", ""), ("data file", " with a data file")):
+                    steps = list(_mixed(f"{first}/{second}{tail}", (change, other), 96 * KIB))
+                    yield f"{first}, {second}{tail}", kind, steps
     for name, before in FIRST.items():
         told = [CHANGES_OF_NONE[each] for each in (*before, name)]
         yield f"{name} of none alone", "none", [*map(_step, told), Step("close")]

@@ -180,7 +180,7 @@ def counted(original):
     return call
 
 for owner, verbs in ((FileStorage, ("write_from", "write_vector", "barrier")),
-                     (directory, ("write_new", "replace", "make_names_durable")), (os, ("unlink",))):
+                     (directory, ("write_new", "make_names_durable")), (os, ("replace", "unlink"))):
     for verb in verbs:
         setattr(owner, verb, counted(getattr(owner, verb)))
 

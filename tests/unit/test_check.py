@@ -21,7 +21,7 @@ from qcow2_plugin.storage import Storage
 from qcow2_plugin.storage.opener import open_given
 from tests.support.builder import ImageBuilder
 from tests.support.damage import IMAGE, SOUND, plain, rich, with_data_file
-from tests.support.damage_ways import DAMAGES, Fields
+from tests.support.damage_ways import DAMAGES, OFFSETS, Fields
 from tests.support.fields import COPIED, patch, set_field
 from tests.support.memory import MemoryStorage
 
@@ -102,6 +102,20 @@ def test_clusters_apart_are_findings_of_their_own(tmp_path: Path) -> None:
     for number in (0, 1, 3):
         fields.set_refcount(start + number * fields.size, 5)
     assert [(each.count, each.data[0] - (start >> 12)) for each in look(fields.content).findings] == [(2, 0), (1, 3)]
+
+
+def test_an_l2_table_that_the_file_ends_in(tmp_path: Path) -> None:
+    """QEMU reads zeros for the rest of it."""
+    fields = Fields(plain(12).build(tmp_path / IMAGE).path)
+    old, new = fields.word(fields.l1()) & OFFSETS, fields.grow()
+    fields.content[new:] = fields.content[old : old + fields.size]
+    fields.put(fields.l1(), new | COPIED)
+    fields.set_refcount(old, 0)
+    fields.set_refcount(new, 1)
+    assert look(fields.content).is_sound
+    found = look(fields.content[:-1])
+    assert (found.kinds, found.is_complete) == ({"table-cut-off": 1}, False)
+    assert found.findings[0].host_offset == new
 
 
 def test_a_fault_in_a_shared_table_counts_for_each_that_names_it(tmp_path: Path) -> None:
@@ -268,6 +282,18 @@ def test_what_says_zeros_is_looked_at_by_a_deep_check_only(tmp_path: Path) -> No
     assert look(content, data=MemoryStorage(data)).is_sound
     found = look(content, data=MemoryStorage(data), deep=True)
     assert [(each.kind, each.guest_offset, each.count) for each in found.findings] == [("raw-not-zero", 0x4000, 2)]
+
+
+def test_ranges_that_go_on_in_the_next_table_are_one(tmp_path: Path) -> None:
+    image = ImageBuilder(1 << 17, 9).data_file(tmp_path / "data", b"data", raw=True)
+    for cluster in range(256):
+        if cluster not in (63, 64):
+            image.data(cluster, b"")
+    content = image.build(tmp_path / IMAGE).path.read_bytes()
+    data = bytearray(1 << 17)
+    data[63 * 512 + 511] = data[64 * 512] = 1
+    found = look(content, data=MemoryStorage(data))
+    assert [(each.guest_offset, each.count) for each in found.findings] == [(63 * 512, 2)]
 
 
 def test_the_end_of_the_disk_is_the_end_of_the_promise(tmp_path: Path) -> None:

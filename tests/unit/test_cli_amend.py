@@ -124,3 +124,22 @@ def test_a_data_file_gets_another_name(folder: Path) -> None:
     assert told().data_file_raw
     assert qcow2("amend", "-o", "data_file=,data_file_raw=off", "disk.qcow2").status == 0
     assert (told().data_file, told().data_file_raw) == (None, False)
+
+
+NOTE = "qcow2: note: QEMU looks for the data file in its working directory, not beside the image\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "note"),
+    [
+        ("-o data_file=new.raw", NOTE),
+        ("-q -o data_file=new.raw", ""),
+        ("-o data_file=/somewhere/new.raw", ""),
+        ("-o data_file=", ""),
+        ("-o lazy_refcounts=on", ""),
+    ],
+)
+def test_a_name_that_qemu_looks_for_elsewhere_is_noted(words: str, note: str) -> None:
+    create_image("disk.qcow2", MIB, data_file="disk.raw")
+    ended = qcow2("amend", *words.split(), "disk.qcow2")
+    assert (ended.status, ended.stdout, ended.stderr) == (0, "", note)

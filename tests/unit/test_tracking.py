@@ -674,7 +674,7 @@ def test_marks_behind_a_cut_that_was_not_to_be_are_not_taken_for_clean(tmp_path:
         patch.setattr(disk.file, "update_header", _broken)
         disk.resize(40 << 10, allow_shrink=True)
     disk.write_from(b"new" * 512, 45 << 10)
-    disk.resize(then)
+    disk.resize(then, allow_shrink=True)
     disk.close()
     report = check_image(storage.content)
     assert report.is_sound

@@ -58,7 +58,7 @@ def add_to(verbs: text.Verbs) -> None:
         argument_default=argparse.SUPPRESS,
     )
     parser.add_argument("-f", "--format", choices=("qcow2",), help="the only format that is amended")
-    parser.add_argument("-q", "--quiet", action="store_true", default=False, help="no progress, whatever -p says")
+    parser.add_argument("-q", "--quiet", action="store_true", default=False, help="no progress and no notes")
     parser.add_argument("-p", "--progress", action="store_true", default=False, help="tell how far it is")
     parser.add_argument("--shrink", action="store_true", default=False, help="allow a smaller size")
     options.add_to(parser, _OPTIONS, unlisted=_FIXED, required=True)
@@ -99,6 +99,8 @@ def _run(arguments: argparse.Namespace) -> int:
     if with_progress:
         _tell(1, 1)
         print()
+    if not arguments.quiet:
+        options.warn_of_data_file(told.get("data_file"))
     return 0
 
 

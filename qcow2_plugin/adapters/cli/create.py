@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from typing import Any
 
 from qcow2_plugin.adapters.cli import options, text
@@ -136,8 +135,8 @@ def _tell(image: str, asked: dict[str, Any]) -> None:
 
     made = info(image, force_share=True)  # by now somebody may use it
     print(_formatted(image, {**asked, "size": made.virtual_size}))
-    if made.qcow2 is not None and made.qcow2.data_file is not None and not os.path.isabs(made.qcow2.data_file):
-        text.warn("QEMU looks for the data file in its working directory, not beside the image")
+    if made.qcow2 is not None:
+        options.warn_of_data_file(made.qcow2.data_file)
 
 
 def _formatted(image: str, asked: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -120,3 +121,9 @@ def as_told(value: Any) -> str:
     if isinstance(value, bool):
         return "on" if value else "off"
     return str(value)
+
+
+def warn_of_data_file(name: str | None) -> None:
+    """A note if this is the name of a data file that QEMU and we look for in different places."""
+    if name and not os.path.isabs(name):
+        text.warn("QEMU looks for the data file in its working directory, not beside the image")
