@@ -74,7 +74,7 @@ def amend(image: WritableImage, wanted: Amendment, progress: Progress | None = N
     """Carry out an amendment, durably.
 
     Raises AmendError, ResizeError before anything changes; HeaderFullError, CorruptImageError, TruncatedImageError,
-    FailedImageError, OSError, then some steps may have been taken.
+    FailedImageError, OSError, and AmendError if others change the image meanwhile; then some steps may have been taken.
     """
     with at_rest(image):
         _require_possible(image, wanted)
@@ -274,7 +274,8 @@ def _make_raw(image: WritableImage) -> None:
     silent = _require_equal(image)
     for start in silent:
         with image.requests.changing():
-            image.say_data(start)
+            if start < image.virtual_size:  # it may have been cut since
+                image.say_data(start)
     with at_rest(image):
         if any(extent.kind is not ExtentKind.DATA for extent in image.written.runs(0, image.virtual_size)):
             raise AmendError("the disk has changed meanwhile; try again", file=image.layer.storage.path)
@@ -288,16 +289,15 @@ def _require_equal(image: WritableImage) -> list[int]:
     """Where slices begin with entries that do not say data. Raises AmendError where the data file holds anything but
     zeros there."""
     coverage = image.written.slice_coverage
-    silent: list[int] = []
+    silent: set[int] = set()
     for extent in image.extents(whole_chain=False):
         if extent.kind is ExtentKind.DATA:
             continue
         end = extent.guest_offset + extent.length
         for start in range(extent.guest_offset, end, _COMPARED_AT_ONCE):
             _require_zeros(image, start, min(_COMPARED_AT_ONCE, end - start))
-        first = extent.guest_offset & -coverage
-        silent += [start for start in range(first, end, coverage) if start not in silent[-1:]]
-    return silent
+        silent.update(range(extent.guest_offset & -coverage, end, coverage))
+    return sorted(silent)
 
 
 def _require_zeros(image: WritableImage, offset: int, length: int) -> None:

@@ -159,7 +159,7 @@ class Drawing:
         if known is None and entry == bits.TABLE_ALL_ONES:
             return
         if known is None and not entry and part.size == self.cluster_size:
-            self.fresh[index] = part
+            self.fresh[index] = part.copy()  # whose it is goes on with it
             return
         if known is None:
             known = np.frombuffer(self._read(entry) if entry else bytes(self.cluster_size), dtype=np.uint8)

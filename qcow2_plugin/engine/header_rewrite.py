@@ -33,6 +33,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from qcow2_plugin.engine.distinct import distinct
 from qcow2_plugin.errors import HeaderFullError
 from qcow2_plugin.format.feature_names import ENTRY_SIZE as FEATURE_NAME_SIZE
 from qcow2_plugin.format.geometry import SECTOR_SIZE
@@ -169,8 +170,8 @@ def _switch(before: _Cluster, header: Header) -> list[Step] | None:
     if len(after) > len(before.content):
         return None
     different = np.flatnonzero(before.content[: len(after)] != np.frombuffer(after, dtype=np.uint8))
-    sectors = np.unique(different // SECTOR_SIZE).tolist()
-    used = np.unique(different[before.is_used[different]] // SECTOR_SIZE).tolist()
+    sectors = distinct(different // SECTOR_SIZE).tolist()
+    used = distinct(different[before.is_used[different]] // SECTOR_SIZE).tolist()
     if len(used) > 1:
         return None
     switch = used or sectors[:1]

@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from qcow2_plugin.engine.distinct import distinct
 from qcow2_plugin.engine.header_rewrite import Step, plan_rewrite
 from qcow2_plugin.errors import CorruptImageError, FailedImageError, TruncatedImageError, about_file
 from qcow2_plugin.format.geometry import SECTOR_SIZE
@@ -66,7 +67,7 @@ class MetadataMap:
     def __init__(self, parts: Iterable[tuple[Structure, Clusters]], snapshot_l2_tables: Clusters | None = None) -> None:
         """`snapshot_l2_tables` are those of snapshots, also where the active disk shares them: they stay structures
         when it does no longer. Raises ValueError if a cluster belongs to two structures."""
-        arrays = [(structure, np.unique(clusters)) for structure, clusters in parts]
+        arrays = [(structure, distinct(clusters)) for structure, clusters in parts]
         clusters = np.concatenate([each for _, each in arrays])
         owners = np.concatenate([np.full(len(each), structure, dtype=np.uint8) for structure, each in arrays])
         order = np.argsort(clusters, kind="stable")
@@ -77,7 +78,7 @@ class MetadataMap:
             raise ValueError(f"cluster {int(clusters[twice[0]])} belongs to the {first} and the {second}")
         self._settled = clusters, owners
         self._changes: dict[int, int] = {}
-        self._kept = np.unique(np.zeros(0, dtype=np.int64) if snapshot_l2_tables is None else snapshot_l2_tables)
+        self._kept = distinct(np.zeros(0, dtype=np.int64) if snapshot_l2_tables is None else snapshot_l2_tables)
 
     def owner(self, cluster: int) -> int:
         """The `Structure` in this cluster, 0 for none. Lock: none."""
@@ -134,7 +135,7 @@ class MetadataMap:
     def keep(self, snapshot_l2_tables: Clusters) -> None:
         """The L2 tables of snapshots are these now, also where the active disk shares them; one that nobody has any
         more is no structure."""
-        kept = np.unique(snapshot_l2_tables)
+        kept = distinct(snapshot_l2_tables)
         dropped = np.setdiff1d(self._kept, kept, assume_unique=True).tolist()
         self._kept = kept
         self.release(cluster for cluster in dropped if self.owner(cluster) == Structure.SNAPSHOT_L2_TABLE)

@@ -15,6 +15,7 @@ import itertools
 
 import numpy as np
 
+from qcow2_plugin.engine.distinct import distinct
 from qcow2_plugin.engine.header import read_structure
 from qcow2_plugin.engine.tables import entry_rules
 from qcow2_plugin.errors import CorruptImageError, TruncatedImageError, about_file
@@ -106,7 +107,7 @@ def _distinct_l2_tables(header: Header, storage: Storage) -> list[int]:
     for index in range(0, l1_size, _L1_CHUNK):
         count = min(_L1_CHUNK, l1_size - index)
         chunk = np.frombuffer(storage.pread(8 * count, header.l1_table_offset + 8 * index), dtype=">u8")
-        tables.update(np.unique(chunk & np.uint64(entries.OFFSET_MASK)).tolist())
+        tables.update(distinct(chunk & np.uint64(entries.OFFSET_MASK)).tolist())
         tables.discard(0)
         if len(tables) > _MAX_SCAN_TABLES or len(tables) << header.cluster_bits > _MAX_SCAN:
             raise TruncatedImageError(

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qcow2_plugin.engine.bitmaps import read_bitmaps
+from qcow2_plugin.engine.distinct import distinct
 from qcow2_plugin.engine.header import read_structure
 from qcow2_plugin.engine.image_file import Clusters, MetadataMap, Structure
 from qcow2_plugin.engine.snapshots import check_l1_table, read_snapshots
@@ -51,9 +52,9 @@ def read_metadata(storage: Storage, header: Header) -> MetadataMap:
     cluster_count = 0
     for structure, clusters in structures(storage, header):
         if structure is Structure.L2_TABLE:
-            active = np.unique(clusters)
+            active = distinct(clusters)
         elif structure is Structure.SNAPSHOT_L2_TABLE:
-            kept = np.union1d(kept, clusters)
+            kept = distinct(kept, clusters)
         else:
             parts.append((structure, clusters))
             cluster_count += len(clusters)
@@ -225,7 +226,7 @@ def _require_own(snapshot_tables: Clusters, storage: Storage, header: Header) ->
     entries = _read_words(storage, "L1 table", header.l1_table_offset, header.l1_size)
     clusters = ((entries & np.uint64(OFFSET_MASK)) >> np.uint64(header.cluster_bits)).astype(np.int64)
     named, counts = np.unique(clusters[clusters != 0], return_counts=True)
-    shared = np.union1d(named[counts > 1], snapshot_tables)
+    shared = distinct(named[counts > 1], snapshot_tables)
     wrong = np.flatnonzero(((entries & np.uint64(COPIED)) != 0) & np.isin(clusters, shared))
     if wrong.size:
         index = int(wrong[0])

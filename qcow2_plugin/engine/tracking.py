@@ -33,6 +33,8 @@ sector is 512 bytes; so table offset (8 bytes at 0), number of entries (4 at 8) 
 sector, and each is one write. Two of them together may lie in two sectors, so they are two writes with a barrier
 between. Entries of a bitmap table are 8 bytes at multiples of 8.
 
+What reads as zeros and is zeroed, or discarded, has not changed; where that is known it is not marked, as QEMU would.
+
 Bits are kept and written in *chunks*, a page or, where that is smaller, a cluster; memory follows what is marked.
 
 What has to be durable in between is the caller's business, but in `settle` and `resize`. Which bitmaps there are, and

@@ -98,7 +98,11 @@ class WriteBack:
             self._done = self._begun
 
     def run_alone(self) -> None:
-        """`run` for whoever holds the turn and the lock, with everything standing still. Raises as `run` does."""
+        """`run` for whoever holds the turn and the lock, with everything standing still. Raises as `run` does.
+
+        What the caller has written to the image file is durable as well if a refcount or a table has changed, or if
+        there is no data file; else that takes a barrier of its own.
+        """
         taken = self._take()
         try:
             self._write(taken.refcounts, taken.tables)

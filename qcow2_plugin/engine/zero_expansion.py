@@ -10,7 +10,7 @@ snapshots, or both. What is new is referred to as often as its table is. The ord
 refcounts > barrier > entries; places are given back when that is durable. A crash leaves some entries as they
 were, and at worst leaks; the next attempt goes on from there.
 
-Memory: the tables of a batch, and 16 bytes for each L2 table of the image.
+Memory: the tables of a batch and what they give up, and 16 bytes for each L2 table of the image.
 
 **Lock.** The turn of write-backs and the image's lock; everything stands still.
 

@@ -38,7 +38,7 @@ def amend(
     `compat` is "1.1" (or "v3") or "0.10" ("v2"). `refcount_bits` is 1 to 64. `size` in bytes, with `allow_shrink`
     also a smaller one. `data_file` is the name of the external data file that the image is to record, "" for none; the
     file stays where it is. `data_file_raw` True says that the data file is a raw image of the disk; that is looked at,
-    and the image refused if it is not so. `progress` is told (done, total) now and then.
+    and the image refused if it is not so. `progress` is told (done, total) now and then; it must not use the image.
 
     `current_data_file`, and the other options of `open_image` (policy, backing_file, ...), are for opening a path.
 

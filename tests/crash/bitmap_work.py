@@ -173,8 +173,8 @@ class Work:
     def __post_init__(self) -> None:
         self.initial, bitmaps = image(self.kind)
         self.files = [self.make_storage(self.log, number, content) for number, content in enumerate(self.initial)]
-        self.storage = self.files[0]
-        self.image = open_in_memory(*self.files)
+        self.storage, self.data = self.files[0], self.files[1] if len(self.files) > 1 else None
+        self.image = open_in_memory(self.storage, self.data)
         self.view = bytearray(read_disk(self.image))
         self.moments = [Moment(-1, 0, bitmaps)]
         self.rests: list[tuple[int, int]] = [(-1, 0)]
@@ -203,7 +203,7 @@ class Work:
             self.image.close()
             self.rests.append((start, self.log.now))
             if step.verb == "reopen":
-                self.image = open_in_memory(*self.files)
+                self.image = open_in_memory(self.storage, self.data)
 
     def _write(self, offset: int, length: int) -> None:
         self._number += 1
@@ -254,10 +254,10 @@ class Work:
 
     def judge(self, state: State) -> Report:
         """Raises WrongError."""
-        files = _stored(state)
-        report = self._sound(files[0].content)
+        storage, data = _stored(state)
+        report = self._sound(storage.content)
         try:
-            with open_readable(*files) as opened:
+            with open_readable(storage, data) as opened:
                 view = read_disk(opened)
         except Exception as error:
             raise WrongError(f"the disk cannot be read: {type(error).__name__}: {error}") from error
@@ -335,12 +335,11 @@ class Work:
 
     def recover(self, state: State) -> None:
         """The next writer can go on: it writes, adds a bitmap and closes."""
-        files = _stored(state)
-        storage = files[0]
+        storage, data = _stored(state)
         before = {bitmap.name: bitmap for bitmap in check_image(storage.content).bitmaps}
         leaks = check_image(storage.content).all_leaks
         try:
-            with open_in_memory(*files) as opened:
+            with open_in_memory(storage, data) as opened:
                 opened.write_from(b"x" * 512, 9 * SECTOR)
                 change_bitmaps(opened, [BitmapChange(Verb.ADD, b"after all", GRANULES)])
                 opened.write_from(b"x" * 512, 10 * SECTOR)
@@ -358,9 +357,10 @@ class Work:
                 raise WrongError(f"bitmap {name!r} is not what the one before has left")
 
 
-def _stored(state: State) -> list[MemoryStorage]:
-    """The files that a crash has left."""
-    return [MemoryStorage(file.content()) for file in state.files]
+def _stored(state: State) -> tuple[MemoryStorage, MemoryStorage | None]:
+    """The image file and the data file, if there is one, that a crash has left."""
+    storage, *others = [MemoryStorage(file.content()) for file in state.files]
+    return storage, others[0] if others else None
 
 
 # ---- workloads

@@ -38,6 +38,13 @@ def test_a_crash_leaves_the_old_or_the_new(case: tuple[str, str]) -> None:
     assert states >= 2
 
 
+@pytest.mark.parametrize("case", [("new", "downgrade"), ("new overlay", "downgrade")], ids=name_of)
+def test_a_downgrade_that_gives_back_places_in_between(case: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qcow2_plugin.engine.allocator._MAX_RETIRED", 0)
+    monkeypatch.setattr(zero_expansion, "_BATCH", 1)
+    assert Work(*case).crash(depth(STATES)) >= 2
+
+
 @pytest.mark.parametrize("case", CASES, ids=name_of)
 def test_qemu_reads_what_comes_out(case: tuple[str, str], tmp_path: Path) -> None:
     work = Work(*case)

@@ -9,6 +9,7 @@ import pytest
 
 from qcow2_plugin import amend, delete_snapshot
 from qcow2_plugin.engine import amending
+from qcow2_plugin.engine.writable import WritableImage
 from qcow2_plugin.errors import AmendError, CorruptImageError, FailedImageError, ImageClosedError
 from tests.support.builder import ImageBuilder
 from tests.support.image_checker import check_image
@@ -117,3 +118,21 @@ def test_refcounts_that_count_nothing_are_found_out(tmp_path: Path) -> None:
     told = InMemory(builder, tmp_path)
     with pytest.raises(CorruptImageError, match="cluster 0x0 of the header is free"):
         amend(told.disk, refcount_bits=64)
+
+
+def test_a_disk_that_is_cut_while_a_raw_data_file_is_proven_is_no_trouble(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = InMemory(ImageBuilder(4 << 20, 12).data_file(tmp_path / "disk.raw", b"disk.raw").data(0, b"kept"), tmp_path)
+    prove = amending._require_equal
+
+    def cut_meanwhile(image: WritableImage) -> list[int]:
+        starts = prove(image)
+        image.resize(1 << 20, allow_shrink=True)
+        return starts
+
+    monkeypatch.setattr(amending, "_require_equal", cut_meanwhile)
+    amend(told.disk, data_file_raw=True)
+    told.disk.close()
+    assert check_image(bytes(told.storage.content)).is_sound
+    assert told.disk.header.data_file_raw

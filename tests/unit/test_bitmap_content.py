@@ -126,3 +126,15 @@ def test_pieces_behind_the_end_are_nothing(granularity_bits: int) -> None:
     drawing.merge([(0, np.full(512, 0xFF, dtype=np.uint8)), (5, None)], granularity_bits, 512)
     assert sectors(drawing, SECTOR * 100).all()
     assert np.unpackbits(drawing.fresh[0], bitorder="little").sum() == 100
+
+
+def test_merged_bitmaps_go_their_own_ways_afterwards() -> None:
+    """What is marked in the one later is not marked in the other."""
+    drawings = [Drawing(9, 8 << 20, 512, np.zeros(4, dtype=np.uint64), bytes) for _ in range(2)]
+    first, second = drawings
+    first.merge([(0, np.array([1, *bytes(511)], dtype=np.uint8))], 9, 512)
+    first.merge([(0, np.array([2, *bytes(511)], dtype=np.uint8))], 9, 512)
+    second.merge(first.pieces(), 9, 512)
+    second.merge([(0, np.array([4, *bytes(511)], dtype=np.uint8))], 9, 512)
+    first.merge([(0, np.array([8, *bytes(511)], dtype=np.uint8))], 9, 512)
+    assert [int(drawing.fresh[0][0]) for drawing in drawings] == [1 + 2 + 8, 1 + 2 + 4]
