@@ -196,11 +196,10 @@ class Prepared:
 
     def _kept_of(self, planned: Planned, entry_offset: int, bitmap: Bitmap) -> Kept:
         """What the tracker knows of a bitmap from the switch on."""
-        if planned.kept is not None and not planned.is_changed:
-            return replace(planned.kept, entry_offset=entry_offset)
-        drawing, before = planned.drawing, planned.kept
-        table = drawing.table if drawing is not None else None if before is None else before.table
-        return Kept(bitmap, entry_offset, None, False, table=table)
+        if planned.drawing is not None:
+            return Kept(bitmap, entry_offset, None, False, table=planned.drawing.table)
+        assert planned.kept is not None
+        return replace(planned.kept, bitmap=bitmap, entry_offset=entry_offset)
 
     def _write_bits(self, drawing: Drawing) -> None:
         """Write the new bits of a bitmap and let its table name their places."""

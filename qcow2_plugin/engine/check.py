@@ -35,6 +35,7 @@ from qcow2_plugin.engine.check_structures import check_structures, count_refcoun
 from qcow2_plugin.engine.check_tables import Fragmentation, TableCheck
 from qcow2_plugin.engine.findings import (
     DEFAULT_MAX_FINDINGS,
+    TOO_MANY_REFERENCES,
     CheckResult,
     Finding,
     FindingClass,
@@ -43,6 +44,7 @@ from qcow2_plugin.engine.findings import (
     StoppedError,
 )
 from qcow2_plugin.engine.inspection import AbortedError, Inspection
+from qcow2_plugin.engine.references import Clusters
 from qcow2_plugin.engine.table_references import TableReferences, Tables
 from qcow2_plugin.errors import CorruptImageError, about_file
 from qcow2_plugin.format.header import Header, header_cluster_size
@@ -109,6 +111,7 @@ def check_image(
             outcome,
             image_end_offset=last_cluster + 1 << header.cluster_bits,
             references=check.inspection.references.counts,
+            tables_not_alone=check.tables_not_alone(),
         )
     return replace(
         outcome,
@@ -132,13 +135,13 @@ class _Check:
         self.inspection = Inspection(storage, header, findings)
         self.fragmentation = Fragmentation()
         self._progress = progress
+        self._references = TableReferences(storage.path)
 
     def run(self, data: Storage | None, *, deep: bool, as_repaired: bool) -> int:
         """The last cluster in use. Raises AbortedError, StoppedError, OSError."""
         inspection = self.inspection
-        references = TableReferences(inspection.storage.path)
-        check_structures(inspection, references, as_repaired=as_repaired)
-        tables = references.tables()
+        check_structures(inspection, self._references, as_repaired=as_repaired)
+        tables = self._references.tables()
         self._find_shared(tables)
         self._find_cut_off(tables)
         table_check = TableCheck(inspection, tables, self.fragmentation)
@@ -148,6 +151,18 @@ class _Check:
         if data is not None and inspection.header.data_file_raw:
             check_data_file(inspection, data, deep=deep)
         return last_cluster
+
+    def tables_not_alone(self) -> Clusters:
+        """The clusters of L2 tables, ascending, that something else refers to as well, as far as that can be told."""
+        tables, references = self._references.tables(), self.inspection.references
+        inside = tables.offsets < self.inspection.file_size
+        clusters = tables.offsets[inside] >> self.inspection.header.cluster_bits
+        counts = references.counts[clusters].astype(np.uint64)
+        more = counts > tables.times[inside].astype(np.uint64)
+        if self.inspection.findings.kinds[TOO_MANY_REFERENCES]:
+            more |= counts == np.uint64(references.maximum)
+        found: Clusters = clusters[more]
+        return found
 
     def _find_shared(self, tables: Tables) -> None:
         """L2 tables that the disk has in more places than one."""

@@ -1,8 +1,9 @@
 """Where the structures of a damaged image are, as far as that can be told: what a repair may write to.
 
 `metadata` refuses an image in which two structures share a cluster or one is where none can be. A repair has to look at
-just these. Its map leaves out what cannot be followed, and gives a cluster that several structures claim to none of
-them, so that putting right the one never destroys the other; but the header is the header.
+just these. Its map leaves out what cannot be followed, and gives a cluster that several structures claim, or an L2
+table and guest data, to none of them, so that putting right the one never destroys the other; but the header is the
+header.
 
 Memory: 8 bytes for each cluster that holds a structure, several times over while the map is made.
 """
@@ -16,6 +17,7 @@ import numpy as np
 from qcow2_plugin.engine.bitmaps import read_bitmaps
 from qcow2_plugin.engine.image_file import Clusters, MetadataMap, Structure
 from qcow2_plugin.engine.metadata import Words
+from qcow2_plugin.engine.references import merged
 from qcow2_plugin.errors import CorruptImageError, UnsupportedFeatureError
 from qcow2_plugin.format import bits
 from qcow2_plugin.format.entries import OFFSET_MASK
@@ -29,12 +31,16 @@ _MAX_CLUSTERS = 8 << 20
 """Clusters with structures that a map is made of."""
 _BUFFERED = 1 << 20
 """Clusters that are gathered before those that are there twice are dropped."""
-_CHUNK = 1 << 16
-"""Words looked at together."""
+_CHUNK = 1 << 19
+"""Bytes of tables that are looked at together."""
 
 
-def read_damaged_map(storage: Storage, header: Header, snapshots: Iterable[Snapshot]) -> MetadataMap:
+def read_damaged_map(
+    storage: Storage, header: Header, snapshots: Iterable[Snapshot], not_alone: Clusters
+) -> MetadataMap:
     """The map of the structures that can be followed; `snapshots` are those in the table, as far as it is read.
+
+    `not_alone` are clusters of L2 tables that may hold guest data: an L1 entry may be wrong that leads there.
 
     Raises UnsupportedFeatureError if there are too many; OSError.
     """
@@ -47,7 +53,7 @@ def read_damaged_map(storage: Storage, header: Header, snapshots: Iterable[Snaps
     parts[Structure.SNAPSHOT_L2_TABLE - 1] = (Structure.SNAPSHOT_L2_TABLE, np.setdiff1d(kept, active))
     every = np.concatenate([clusters for _, clusters in parts])
     distinct, counts = np.unique(every, return_counts=True)
-    contested = distinct[(counts > 1) & (distinct != 0)]
+    contested = np.union1d(distinct[(counts > 1) & (distinct != 0)], not_alone[not_alone != 0])
     parts = [(structure, clusters[clusters != 0]) for structure, clusters in parts]
     parts[Structure.HEADER - 1] = (Structure.HEADER, np.zeros(1, dtype=np.int64))
     apart = [(structure, np.setdiff1d(clusters, contested)) for structure, clusters in parts]
@@ -108,12 +114,19 @@ def _parts_of_snapshots(
     known = list(snapshots)
     if known:
         yield Structure.SNAPSHOT_TABLE, places.run(header.snapshots_offset, len(pack_table(known)))
-    for offset, size in {(each.l1_table_offset, each.l1_size) for each in known}:
-        if offset % header.geometry.cluster_size or size > MAX_L1_ENTRIES:
-            continue
-        yield Structure.SNAPSHOT_L1_TABLE, places.run(offset, 8 * size)
-        for l2_tables in places.l2_tables(offset, size):
+    for start, stop in snapshot_l1_ranges(header, known):
+        yield Structure.SNAPSHOT_L1_TABLE, places.run(start, stop - start)
+        for l2_tables in places.l2_tables(start, (stop - start) // 8):
             yield Structure.SNAPSHOT_L2_TABLE, l2_tables
+
+
+def snapshot_l1_ranges(header: Header, snapshots: Iterable[Snapshot]) -> list[tuple[int, int]]:
+    """Where the L1 tables of snapshots are, as far as one can be there; what several cover is there once."""
+    return merged(
+        (each.l1_table_offset, each.l1_table_offset + 8 * each.l1_size)
+        for each in snapshots
+        if not each.l1_table_offset % header.geometry.cluster_size and each.l1_size <= MAX_L1_ENTRIES
+    )
 
 
 def _parts_of_bitmaps(places: _Places, storage: Storage, header: Header) -> Iterator[tuple[Structure, Clusters]]:
@@ -124,9 +137,10 @@ def _parts_of_bitmaps(places: _Places, storage: Storage, header: Header) -> Iter
     if pointer is None:
         return
     yield Structure.BITMAP, places.run(pointer.directory_offset, pointer.directory_size)
-    for bitmap in bitmaps:
-        yield Structure.BITMAP, places.run(bitmap.table_offset, 8 * bitmap.table_entries)
-        for clusters in places.named(bitmap.table_offset, bitmap.table_entries, bits.TABLE_OFFSET_MASK):
+    tables = merged((each.table_offset, each.table_offset + 8 * each.table_entries) for each in bitmaps)
+    for start, stop in tables:
+        yield Structure.BITMAP, places.run(start, stop - start)
+        for clusters in places.named(start, (stop - start) // 8, bits.TABLE_OFFSET_MASK):
             yield Structure.BITMAP, clusters
 
 
@@ -137,6 +151,7 @@ class _Places:
         self._storage = storage
         self._cluster_bits = header.cluster_bits
         self._ones = header.geometry.cluster_size - 1
+        self._file_size = storage.size()
         self._cluster_count = -(-storage.size() >> header.cluster_bits)
 
     def run(self, host_offset: int, length: int) -> Clusters:
@@ -149,13 +164,13 @@ class _Places:
         return self.named(l1_table_offset, l1_size, OFFSET_MASK)
 
     def named(self, table_offset: int, count: int, mask: int) -> Iterator[Clusters]:
-        """The clusters that the entries of a table name, piece by piece."""
-        for first in range(0, count, _CHUNK):
-            stored = self._storage.pread(8 * min(_CHUNK, count - first), table_offset + 8 * first)
-            if len(stored) < 8:
-                return
-            entries: Words = np.frombuffer(stored[: len(stored) & ~7], dtype=">u8").astype(np.uint64)
-            offsets = entries & np.uint64(mask)
-            offsets = offsets[(offsets != 0) & (offsets & np.uint64(self._ones) == 0)]
-            clusters: Clusters = (offsets >> np.uint64(self._cluster_bits)).astype(np.int64)
-            yield clusters[clusters < self._cluster_count]
+        """The clusters that the entries of a table name, piece by piece. Holes are not read."""
+        stop = min(table_offset + 8 * count, self._file_size)
+        for offset, length, is_data in self._storage.data_ranges(table_offset, max(stop - table_offset, 0)):
+            for place in range(offset, offset + length if is_data else offset, _CHUNK):
+                stored = self._storage.pread(min(_CHUNK, offset + length - place), place)
+                entries: Words = np.frombuffer(stored[: len(stored) & ~7], dtype=">u8").astype(np.uint64)
+                offsets = entries & np.uint64(mask)
+                offsets = offsets[(offsets != 0) & (offsets & np.uint64(self._ones) == 0)]
+                clusters: Clusters = (offsets >> np.uint64(self._cluster_bits)).astype(np.int64)
+                yield clusters[clusters < self._cluster_count]

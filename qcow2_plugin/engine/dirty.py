@@ -5,7 +5,7 @@ Source: docs/interop/qcow2.rst, "Bitmaps".
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 
 import numpy as np
@@ -39,6 +39,8 @@ class DirtyBitmap:
             name = printable(bitmap.name)
             raise CorruptImageError("bitmap", f'"{name}" cannot be used: {reason}', file=storage.path)
         self.bitmap = bitmap
+        self.require_current: Callable[[], None] = lambda: None
+        """Raises if the bitmap has gone from its place, which only a writer knows; asked behind every look there."""
         self._storage = storage
         pointer = header.bitmaps
         self._metadata = header.tables if pointer is None else (*header.tables, pointer.table)
@@ -101,6 +103,7 @@ class DirtyBitmap:
 
     def _read_table(self, index: int, count: int) -> npt.NDArray[np.uint64]:
         data = read_structure(self._storage, "bitmap table", self.bitmap.table_offset + 8 * index, 8 * count)
+        self.require_current()
         entries = np.frombuffer(data, dtype=">u8").astype(np.uint64)
         with about_file(self._storage.path):
             bits.check_table(entries, self._cluster_size)
@@ -109,6 +112,7 @@ class DirtyBitmap:
     def _read_runs_uncached(self, host_offset: int, length: int) -> list[tuple[int, int]]:
         """(start, end) of the runs of ones in a chunk of bits, in guest bytes from the first bit's place on."""
         packed = read_structure(self._storage, f'bitmap "{printable(self.bitmap.name)}"', host_offset, length)
+        self.require_current()
         granularity_bits = self.bitmap.granularity_bits
         return [
             (first << granularity_bits, first + count << granularity_bits)

@@ -96,6 +96,8 @@ class CheckResult:
     """One past the highest byte of the image file that anything refers to, also where the file ends before it."""
     references: npt.NDArray[Any] | None = field(default=None, repr=False, compare=False)
     """How often each cluster of the file is referred to, at most as often as a refcount can say; for repairs."""
+    tables_not_alone: npt.NDArray[Any] | None = field(default=None, repr=False, compare=False)
+    """The clusters of L2 tables to which more refers than L1 entries do, so that they may be data; for repairs."""
 
     @property
     def is_sound(self) -> bool:

@@ -149,14 +149,14 @@ class MetadataMap:
         """True if one of these ascending clusters holds a structure."""
         if not len(clusters):
             return False
-        first, last = int(clusters[0]), int(clusters[-1])
         known, _ = self._settled
-        low, high = np.searchsorted(known, (first, last + 1))
+        places = np.minimum(np.searchsorted(known, clusters), len(known) - 1)
         changes = self._changes
-        held = [cluster for cluster in known[low:high].tolist() if changes.get(cluster, 1)]
-        held += [cluster for cluster, owner in changes.items() if owner and first <= cluster <= last]
-        places = np.minimum(np.searchsorted(clusters, held), len(clusters) - 1)
-        return bool((clusters[places] == held).any())
+        if any(changes.get(cluster, 1) for cluster in clusters[known[places] == clusters].tolist()):
+            return True
+        claimed = np.array([cluster for cluster, owner in changes.items() if owner], dtype=np.int64)
+        places = np.minimum(np.searchsorted(clusters, claimed), len(clusters) - 1)
+        return bool((clusters[places] == claimed).any())
 
     def release(self, clusters: Iterable[int]) -> None:
         """These clusters hold no structure of the active disk any more."""

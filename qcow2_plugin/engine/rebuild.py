@@ -55,6 +55,9 @@ def count_references(storage: Storage, header: Header) -> References:
         if finding.kind in (BEYOND_END, TOO_MANY_REFERENCES):
             error = TruncatedImageError if finding.kind == BEYOND_END else CorruptImageError
             raise error(finding.structure, finding.detail, host_offset=finding.host_offset, file=storage.path)
+    if found.tables_not_alone is not None and found.tables_not_alone.size:
+        place = int(found.tables_not_alone[0]) << header.cluster_bits
+        raise CorruptImageError("L2 table", "is where something else is, too", host_offset=place, file=storage.path)
     if found.references is None or not found.is_complete:
         raise CorruptImageError("image", f"cannot be counted through: {_reason(found)}", file=storage.path)
     return found.references

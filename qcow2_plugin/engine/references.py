@@ -113,6 +113,17 @@ def count_type(refcount_order: int) -> np.dtype[Any]:
     return np.dtype(f"u{1 << max(refcount_order - 3, 0)}")
 
 
+def merged(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """(start, stop) ranges in order, without overlap, as few as cover the same."""
+    found: list[tuple[int, int]] = []
+    for start, stop in sorted(ranges):
+        if found and start <= found[-1][1]:
+            found[-1] = found[-1][0], max(found[-1][1], stop)
+        elif start < stop:
+            found.append((start, stop))
+    return found
+
+
 def covered(ranges: Iterable[tuple[int, int]]) -> list[Range]:
     """What (start, stop) ranges cover, in order and without overlap, and how often each part is covered."""
     known = np.array([each for each in ranges if each[0] < each[1]], dtype=np.int64).reshape(-1, 2)

@@ -53,7 +53,7 @@ from qcow2_plugin.engine.repair_refcounts import (
     raise_refcounts,
     rebuild_structures,
 )
-from qcow2_plugin.engine.repair_snapshots import SNAPSHOT_KINDS, write_snapshots
+from qcow2_plugin.engine.repair_snapshots import DROPPING_KINDS, SNAPSHOT_KINDS, write_snapshots
 from qcow2_plugin.errors import CorruptImageError
 from qcow2_plugin.format.header import (
     AUTOCLEAR_BITMAPS,
@@ -125,7 +125,7 @@ class _Repair:
         self._found = self._check(header)
         self._require_possible(self._found)
         self._snapshots = snapshots_as_repaired(storage, header)
-        self._file = ImageFile(storage, header, read_damaged_map(storage, header, self._snapshots))
+        self._file = self._open(header)
 
     def run(self) -> CheckResult:
         """Everything; see `repair_image`."""
@@ -162,9 +162,13 @@ class _Repair:
         """After a change of what is referred to."""
         self._found = self._check(self._file.header)
         self._require_possible(self._found)
-        self._file = ImageFile(
-            self._storage, self._file.header, read_damaged_map(self._storage, self._file.header, self._snapshots)
-        )
+        self._file = self._open(self._file.header)
+
+    def _open(self, header: Header) -> ImageFile:
+        """The image file, with the places that were found in it."""
+        not_alone = self._found.tables_not_alone
+        assert not_alone is not None  # of a check that was completed
+        return ImageFile(self._storage, header, read_damaged_map(self._storage, header, self._snapshots, not_alone))
 
     def _require_possible(self, found: CheckResult) -> None:
         if found.aborted is not None:
@@ -270,6 +274,8 @@ class _Repair:
         """Step 4."""
         if not self._found.leaks or not self._found.is_complete:
             return
+        if any(self._has(kind) for kind in DROPPING_KINDS):
+            return  # the table that names them could not be written anew
         lowered = lower_refcounts(self._file, allocator, self._references, behind=self._is_end_known)
         self._file.barrier()
         self._has_changed = True

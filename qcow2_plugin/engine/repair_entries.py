@@ -15,9 +15,9 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from qcow2_plugin.engine.damaged_map import snapshot_l1_ranges
 from qcow2_plugin.engine.image_file import Clusters, ImageFile, Structure
 from qcow2_plugin.format.entries import ALL_SUBCLUSTERS, COMPRESSED, COPIED, OFFSET_MASK, ZERO, Entries
-from qcow2_plugin.format.geometry import MAX_L1_ENTRIES
 from qcow2_plugin.format.header import Header
 from qcow2_plugin.format.snapshots import Snapshot
 
@@ -74,7 +74,8 @@ def fix_l1_tables(file: ImageFile, snapshots: Iterable[Snapshot], fix: Fix) -> i
     """The same for the L1 tables of the active disk and of these snapshots, some entries at a time."""
     header = file.header
     places = [(Structure.L1_TABLE, header.l1_table_offset, header.l1_size)]
-    places += [(Structure.SNAPSHOT_L1_TABLE, *place) for place in _l1_tables_of(snapshots, header)]
+    ranges = snapshot_l1_ranges(header, snapshots)
+    places += [(Structure.SNAPSHOT_L1_TABLE, start, (stop - start) // 8) for start, stop in ranges]
     count = 0
     for structure, host_offset, size in places:
         for first in range(0, size, _L1_CHUNK):
@@ -190,12 +191,6 @@ def each_l2_table(file: ImageFile) -> Iterator[Table]:
         guest_offset = index * header.geometry.l2_coverage if count == 1 else None
         if file.metadata.owner(cluster) == Structure.L2_TABLE:
             yield read_l2_table(file, cluster << header.cluster_bits, guest_offset)
-
-
-def _l1_tables_of(snapshots: Iterable[Snapshot], header: Header) -> list[tuple[int, int]]:
-    places = {(each.l1_table_offset, each.l1_size) for each in snapshots}
-    ones = header.geometry.cluster_size - 1
-    return [(offset, size) for offset, size in sorted(places) if not offset & ones and size <= MAX_L1_ENTRIES]
 
 
 def _named_by(file: ImageFile, host_offset: int, size: int) -> tuple[Clusters, Clusters, Clusters]:

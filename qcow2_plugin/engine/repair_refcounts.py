@@ -215,12 +215,15 @@ def _lay_out(slots: set[int], per_block: int, cluster_size: int, find_room: Call
 
 
 class _Room:
-    """Where new structures may go: to clusters that nothing refers to, and that no entry of the old table names."""
+    """Where new structures may go: to clusters that nothing refers to, where the old table is not, and that none of its
+    entries names. The header does so until it is switched, also past the end of the file."""
 
     def __init__(self, file: ImageFile, old: StoredRefcounts, references: References | None, *, grows: bool) -> None:
         bits = file.header.cluster_bits
         offsets = np.unique((old.entries & np.uint64(REFCOUNT_TABLE_OFFSET_MASK)) >> np.uint64(bits))
-        self._named = np.union1d(offsets, offsets + np.uint64(1)).astype(np.int64)  # unaligned ones reach into the next
+        named = np.union1d(offsets, offsets + np.uint64(1)).astype(np.int64)  # unaligned ones reach into the next
+        table = (file.header.refcount_table_offset >> bits) + np.arange(file.header.refcount_table_clusters)
+        self._named = np.union1d(named, table)
         self._taken: npt.NDArray[np.bool_] | None = None
         self._end = -(-file.storage.size() >> bits) if grows else None
         self._path = file.storage.path

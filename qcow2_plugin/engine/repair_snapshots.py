@@ -19,12 +19,9 @@ from qcow2_plugin.format.geometry import MAX_SNAPSHOT_EXTRA_SIZE
 from qcow2_plugin.format.header import Header
 from qcow2_plugin.format.snapshots import Snapshot, pack_table
 
-SNAPSHOT_KINDS = (
-    "snapshot-incomplete",
-    "snapshot-extra-too-large",
-    "snapshots-too-many",
-    "snapshot-table-too-large",
-)
+DROPPING_KINDS = ("snapshots-too-many", "snapshot-table-too-large")
+"""What is found where a new snapshot table has fewer snapshots."""
+SNAPSHOT_KINDS = ("snapshot-incomplete", "snapshot-extra-too-large", *DROPPING_KINDS)
 """What is found in a snapshot table that has to be written anew."""
 
 _EXTRA = struct.Struct(">QQQ")

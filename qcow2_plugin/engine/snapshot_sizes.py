@@ -9,7 +9,8 @@ Memory: `_MAX_COUNTS_SIZE`, and what `reaching` needs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +21,7 @@ from qcow2_plugin.engine.metadata import l2_tables
 from qcow2_plugin.engine.reaching import References, references, table_batches
 from qcow2_plugin.engine.snapshots import check_l1_table
 from qcow2_plugin.engine.stored_refcounts import StoredRefcounts
+from qcow2_plugin.errors import CorruptImageError
 from qcow2_plugin.format.header import Header
 from qcow2_plugin.format.refcounts import by_block
 from qcow2_plugin.format.snapshots import Snapshot
@@ -37,10 +39,29 @@ class SnapshotSizes(NamedTuple):
     referred: int
 
 
-def snapshot_sizes(storage: Storage, header: Header, snapshot: Snapshot) -> SnapshotSizes:
-    """The sizes of a snapshot, by what is on disk. Raises CorruptImageError, TruncatedImageError, OSError."""
-    check_l1_table(snapshot, storage, header, allow_damaged=False)
+def snapshot_sizes(storage: Storage, header: Header, snapshots: Sequence[Snapshot]) -> Iterator[SnapshotSizes]:
+    """The sizes of each, by what is on disk.
+
+    Raises CorruptImageError, also if L1 tables overlap, which could make a small file say much; TruncatedImageError,
+    OSError.
+    """
+    _require_apart(storage, snapshots)
     stored = StoredRefcounts(storage, header)
+    for each in snapshots:
+        yield _sizes(storage, header, each, stored)
+
+
+def _require_apart(storage: Storage, snapshots: Sequence[Snapshot]) -> None:
+    places = sorted((each.l1_table_offset, 8 * each.l1_size) for each in snapshots if each.l1_size)
+    for (before, length), (host_offset, _) in pairwise(places):
+        if host_offset < before + length:
+            raise CorruptImageError(
+                "L1 table of a snapshot", "overlaps that of another", host_offset=host_offset, file=storage.path
+            )
+
+
+def _sizes(storage: Storage, header: Header, snapshot: Snapshot, stored: StoredRefcounts) -> SnapshotSizes:
+    check_l1_table(snapshot, storage, header, allow_damaged=False)
     tables = l2_tables(storage, header, snapshot.l1_table_offset, snapshot.l1_size)
     at_once = max(_MAX_COUNTS_SIZE // (8 * stored.per_block), 1)
     own = referred = 0

@@ -14,9 +14,12 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from itertools import islice
 
+from qcow2_plugin.engine.dirty import DirtyBitmap
 from qcow2_plugin.engine.image import Image, Layer
 from qcow2_plugin.engine.requests import Requests
 from qcow2_plugin.extent import Extent
+from qcow2_plugin.format.bitmaps import Bitmap
+from qcow2_plugin.format.header import Header
 from qcow2_plugin.format.snapshots import Snapshot
 
 _EXTENTS_AT_ONCE = 4096
@@ -29,9 +32,9 @@ class SnapshotViews:
         self._requests = requests
         self._opened: weakref.WeakSet[_SnapshotDisk] = weakref.WeakSet()
 
-    def open(self, layer: Layer, snapshot: Snapshot) -> Image:
-        """The disk of a snapshot that is there now. Raises as `Image` does."""
-        disk = _SnapshotDisk(layer, snapshot, self._requests)
+    def open(self, image: Image, layer: Layer, snapshot: Snapshot) -> Image:
+        """The disk of a snapshot that `image` has now. Raises as `Image` does."""
+        disk = _SnapshotDisk(image, layer, snapshot, self._requests)
         self._opened.add(disk)
         return disk
 
@@ -43,12 +46,34 @@ class SnapshotViews:
 
 
 class _SnapshotDisk(Image):
-    """One of them."""
+    """One of them. What is not of this disk but of the whole `image` may move, so that is asked."""
 
-    def __init__(self, layer: Layer, snapshot: Snapshot, requests: Requests) -> None:
+    def __init__(self, image: Image, layer: Layer, snapshot: Snapshot, requests: Requests) -> None:
         super().__init__(layer, ExitStack(), snapshot)
         self.snapshot = snapshot
+        self._image = image
         self._requests = requests
+
+    @property
+    def header(self) -> Header:
+        """The header as it is now."""
+        return self._image.header
+
+    def snapshots(self) -> list[Snapshot]:
+        """As `Image.snapshots`."""
+        return self._image.snapshots()
+
+    def bitmaps(self) -> list[Bitmap]:
+        """As `Image.bitmaps`."""
+        return self._image.bitmaps()
+
+    def dirty_bitmap(self, name: str | bytes) -> DirtyBitmap:
+        """As `Image.dirty_bitmap`."""
+        return self._image.dirty_bitmap(name)
+
+    def at_snapshot(self, wanted: str | bytes | Snapshot) -> Image:
+        """As `Image.at_snapshot`."""
+        return self._image.at_snapshot(wanted)
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """As `Image.read_into`."""

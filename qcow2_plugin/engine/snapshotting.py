@@ -51,6 +51,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from itertools import count
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -106,8 +107,9 @@ def create_snapshot(image: WritableImage, name: bytes, date_nanoseconds: int) ->
             image.file.write(Structure.SNAPSHOT_TABLE, pack_table([*known, snapshot]), table_place)
             image.file.barrier()
             image.file.update_header(snapshot_count=len(known) + 1, snapshots_offset=table_place)
-        image.file.barrier()
-        image.file.metadata.keep(np.union1d(image.file.metadata.kept, tables))
+        with _as_a_whole(image):
+            image.file.barrier()
+            image.file.metadata.keep(np.union1d(image.file.metadata.kept, tables))
         _retire_run(image, header.snapshots_offset, len(pack_table(known)))
         return snapshot
 
@@ -179,8 +181,9 @@ def apply_snapshot(image: WritableImage, wanted: str | bytes, *, mark_bitmaps: b
             image.file.barrier()
             fields = {} if size == header.virtual_size else {"size": size}
             image.file.update_header(l1_size=l1_size, l1_table_offset=place, **fields)
-        image.file.barrier()
-        _show_new_disk(image, old_tables, new_tables)
+        with _as_a_whole(image):
+            image.file.barrier()
+            _show_new_disk(image, old_tables, new_tables)
         image.requests.drain()
         _retire_run(image, header.l1_table_offset, 8 * header.l1_size)
         attempt.recount.drop(_beyond(old_tables, new_tables))
@@ -305,6 +308,16 @@ def _attempt(image: WritableImage, tables: Clusters | None = None) -> Iterator[_
         raise
 
 
+@contextmanager
+def _as_a_whole(image: WritableImage) -> Iterator[None]:
+    """What is inside brings memory to where the header is; if that ends half-way, no more changes are taken."""
+    try:
+        yield
+    except BaseException:
+        image.file.fail("a change of its snapshots was interrupted")
+        raise
+
+
 def _l2_tables(image: WritableImage, l1_table_offset: int, l1_size: int) -> Clusters:
     return l2_tables(image.file.storage, image.header, l1_table_offset, l1_size)
 
@@ -318,9 +331,11 @@ def _tables_of(image: WritableImage, snapshots: Sequence[Snapshot]) -> Clusters:
 
 
 def _next_id(known: Sequence[Snapshot]) -> bytes:
-    """One more than the largest; IDs are numbers, or begin with one."""
+    """One more than the largest, or the next that is not taken; IDs are numbers, or begin with one."""
     numbers = [int(found[0]) for each in known if (found := _NUMBER.match(each.id))]
-    return str(max(numbers, default=0) + 1).encode()
+    taken = {each.id for each in known}
+    following = (b"%d" % number for number in count(max(numbers, default=0) + 1))
+    return next(each for each in following if each not in taken)
 
 
 def _l1_entries(image: WritableImage, snapshot: Snapshot, l1_size: int) -> bytes:

@@ -57,7 +57,7 @@ from qcow2_plugin.engine.allocator import Allocator
 from qcow2_plugin.engine.header import read_structure
 from qcow2_plugin.engine.image_file import Clusters, ImageFile, Structure
 from qcow2_plugin.engine.writeback import write_refcounts_now
-from qcow2_plugin.errors import ResizeError, about_file, printable
+from qcow2_plugin.errors import MissingReferenceError, ResizeError, about_file, printable
 from qcow2_plugin.format import bits
 from qcow2_plugin.format.bitmaps import (
     FLAG_IN_USE,
@@ -143,6 +143,18 @@ class BitmapTracker:
     def kept(self) -> list[Kept]:
         """The bitmaps, in the order of the directory."""
         return list(self._kept)
+
+    def watch(self, bitmap: Bitmap) -> Callable[[], None]:
+        """What raises MissingReferenceError once this bitmap of the directory is removed, made anew or moved."""
+        place = bitmap.table_offset
+        marks = next((each.marks for each in self._kept if each.bitmap.table_offset == place), None)
+
+        def require_current() -> None:
+            if not any(each.marks is marks and each.bitmap.table_offset == place for each in self._kept):
+                name, path = printable(bitmap.name), self._file.storage.path
+                raise MissingReferenceError(f'bitmap "{name}" was removed or changed while it was read', file=path)
+
+        return require_current
 
     def adopt(self, kept: list[Kept]) -> None:
         """From now on these are the bitmaps: the directory says so."""

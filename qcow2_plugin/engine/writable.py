@@ -32,6 +32,7 @@ from itertools import islice
 from typing import cast
 
 from qcow2_plugin.engine.allocator import Allocator
+from qcow2_plugin.engine.dirty import DirtyBitmap
 from qcow2_plugin.engine.first_change import put_right
 from qcow2_plugin.engine.image import Image, Layer
 from qcow2_plugin.engine.image_file import ImageFile
@@ -134,6 +135,12 @@ class WritableImage(Image):
         with self._lock:  # the directory may move
             return super().bitmaps()
 
+    def dirty_bitmap(self, name: str | bytes) -> DirtyBitmap:
+        """See `Image.dirty_bitmap`. It raises MissingReferenceError once the bitmap is removed or made anew."""
+        found = super().dirty_bitmap(name)
+        found.require_current = self.tracker.watch(found.bitmap)
+        return found
+
     def _runs(self, offset: int, length: int) -> Iterator[Extent]:
         """A table may move or vanish between two looks, so each is taken whole, under the lock."""
         end = offset + length
@@ -151,7 +158,7 @@ class WritableImage(Image):
             offset = extents[-1].guest_offset + extents[-1].length
 
     def _view_of(self, layer: Layer, snapshot: Snapshot) -> Image:
-        return self.snapshot_views.open(layer, snapshot)
+        return self.snapshot_views.open(self, layer, snapshot)
 
     # -- writing --
 

@@ -89,7 +89,7 @@ def check(
             max_findings=max_findings,
             progress=progress,
         )
-    return replace(found, references=None)
+    return replace(found, references=None, tables_not_alone=None)
 
 
 def _require_sense(

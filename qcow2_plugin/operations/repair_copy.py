@@ -34,9 +34,10 @@ def repair_to(
 ) -> CheckResult:
     """Copy an image to `to`, which must not exist, and repair the copy; it has its name when that is done, durably.
 
-    Of the image only the file itself is copied, with its holes. An external data file is read, never changed; the copy
-    names the same one, so a relative name wants it in the same directory. Backing files are not opened. `force_share`
-    copies although another program may write to the image; the copy may then be one of no moment.
+    Of the image only the file itself is copied, with its holes, and to nobody who may not read or write the image. An
+    external data file is read, never changed; the copy names the same one, so a relative name wants it in the same
+    directory. Backing files are not opened. `force_share` copies although another program may write to the image; the
+    copy may then be one of no moment.
 
     The result is that of `repair_image`. Raises what that raises; FileExistsError; what opening the files does. After
     an error there is no copy.
@@ -51,6 +52,7 @@ def repair_to(
         data = chain.open_data_file(header, source, data_file)
         copy = files.make(temporary, "copy").storage
         copy.path = os.fspath(to)  # what messages call it
+        os.chmod(temporary, 0o777 & os.stat(temporary).st_mode & os.stat(path).st_mode)
         copy_content(source, copy)
         result = repair_image(
             copy,

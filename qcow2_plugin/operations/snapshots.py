@@ -17,7 +17,7 @@ from qcow2_plugin.engine import snapshotting
 from qcow2_plugin.engine.chain import open_alone
 from qcow2_plugin.engine.header import read_header
 from qcow2_plugin.engine.image import Image
-from qcow2_plugin.engine.snapshot_sizes import SnapshotSizes, snapshot_sizes
+from qcow2_plugin.engine.snapshot_sizes import snapshot_sizes
 from qcow2_plugin.engine.snapshots import read_snapshots
 from qcow2_plugin.format.header import Header
 from qcow2_plugin.format.names import to_bytes
@@ -91,20 +91,21 @@ def list_snapshots(image: Image | Path, *, with_sizes: bool = False, force_share
             return _listed(storage, read_header(storage), with_sizes=with_sizes)
         finally:
             storage.close()
-    if image.writable and with_sizes:
-        with snapshotting.settled(cast("WritableImage", image)):
-            return _listed(image.layer.storage, image.header, with_sizes=with_sizes)
-    return [ListedSnapshot(snapshot_info(each, image.header), None, None) for each in image.snapshots()]
+    if not with_sizes:
+        return [ListedSnapshot(snapshot_info(each, image.header), None, None) for each in image.snapshots()]
+    if not image.writable:
+        return _listed(image.layer.storage, image.header, with_sizes=True)
+    with snapshotting.settled(cast("WritableImage", image)):
+        return _listed(image.layer.storage, image.header, with_sizes=True)
 
 
 def _listed(storage: Storage, header: Header, *, with_sizes: bool) -> list[ListedSnapshot]:
-    listed = []
-    for each in read_snapshots(storage, header):
-        sizes: SnapshotSizes | tuple[None, None] = (None, None)
-        if with_sizes and not header.has_data_file:
-            sizes = snapshot_sizes(storage, header, each)
-        listed.append(ListedSnapshot(snapshot_info(each, header), *sizes))
-    return listed
+    known = read_snapshots(storage, header)
+    told = [snapshot_info(each, header) for each in known]
+    if not with_sizes or header.has_data_file:
+        return [ListedSnapshot(each, None, None) for each in told]
+    sizes = snapshot_sizes(storage, header, known)
+    return [ListedSnapshot(each, *found) for each, found in zip(told, sizes, strict=True)]
 
 
 @contextmanager

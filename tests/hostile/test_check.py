@@ -169,9 +169,8 @@ def test_the_largest_disk_there_is(tmp_path: Path) -> None:
         assert check(path).is_sound
 
 
-def test_snapshots_whose_tables_overlap_are_read_once(tmp_path: Path) -> None:
+def overlapping(path: Path) -> None:
     """16384 L1 tables of 32 MiB, each beginning a cluster behind the one before: 512 GiB of tables in 40 MiB."""
-    path = tmp_path / IMAGE
     built = ImageBuilder(1 << 20, 9).data(0, b"x").build(path)
     start = -(-built.file_size // 512) * 512
     entry = struct.Struct(">QIHHIIQIIQQ")
@@ -186,10 +185,23 @@ def test_snapshots_whose_tables_overlap_are_read_once(tmp_path: Path) -> None:
         file.truncate(place + len(table) + (32 << 20))
     set_field(path, "snapshots_offset", place)
     set_field(path, "nb_snapshots", 16384)
+
+
+def test_snapshots_whose_tables_overlap_are_read_once(tmp_path: Path) -> None:
+    path = tmp_path / IMAGE
+    overlapping(path)
     with quick(8):
         found = check(path, max_findings=10)
     assert found.corruptions and not found.aborted
     limited(path, memory=512 * MIB, seconds=20)
+
+
+def test_a_repair_reads_tables_that_overlap_once(tmp_path: Path) -> None:
+    path = tmp_path / IMAGE
+    overlapping(path)
+    with quick(30):
+        found = check(path, repair="all", repair_ours=True, max_findings=10)
+    assert found.corruptions and not found.aborted
 
 
 def test_tables_in_holes_are_not_read(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 from qcow2_plugin.engine.chain import open_image
 from qcow2_plugin.errors import CorruptImageError, MissingReferenceError, Qcow2Error, TruncatedImageError
 from qcow2_plugin.operations.info import info
+from qcow2_plugin.operations.snapshots import list_snapshots
 from tests.support.builder import BuiltImage, ImageBuilder, patch, set_field
 from tests.support.hostile import IMAGE, Hostile, assert_harmless_text, bounded, check, unharmed
 
@@ -169,9 +170,8 @@ def test_an_entry_that_runs_past_the_end(sizes: tuple[int, int], tmp_path: Path)
         open_image(path, snapshot="1")
 
 
-def test_the_list_of_65536_snapshots_is_quick(tmp_path: Path) -> None:
-    """Entries at the end of the file that cost an attacker 40 bytes each."""
-    path = tmp_path / IMAGE
+def many_with_one_l1_table(path: Path) -> None:
+    """65536 entries at the end of the file that cost an attacker 40 bytes each."""
     built = disk().snapshot(b"", b"").build(path)
     size = path.stat().st_size
     end = -(-size // CLUSTER) * CLUSTER
@@ -181,6 +181,11 @@ def test_the_list_of_65536_snapshots_is_quick(tmp_path: Path) -> None:
         file.write(entry * 65536)
     set_field(path, "nb_snapshots", 65536)
     set_field(path, "snapshots_offset", end)
+
+
+def test_the_list_of_65536_snapshots_is_quick(tmp_path: Path) -> None:
+    path = tmp_path / IMAGE
+    many_with_one_l1_table(path)
     with unharmed(tmp_path, seconds=0.5), open_image(path) as image:
         assert image.pread(3, 0) == b"now"
     with open_image(path) as image, bounded(seconds=3, memory=64 << 20):  # tracing memory makes it slow
@@ -189,6 +194,13 @@ def test_the_list_of_65536_snapshots_is_quick(tmp_path: Path) -> None:
         found = info(path).qcow2
     assert found is not None
     assert (len(found.snapshots), found.snapshot_count) == (4096, 65536)
+
+
+def test_an_l1_table_is_not_read_for_every_snapshot_that_names_it(tmp_path: Path) -> None:
+    path = tmp_path / IMAGE
+    many_with_one_l1_table(path)
+    with unharmed(tmp_path, seconds=10), pytest.raises(CorruptImageError, match="overlaps that of another"):
+        list_snapshots(path, with_sizes=True)
 
 
 def test_ids_may_be_there_twice(tmp_path: Path) -> None:

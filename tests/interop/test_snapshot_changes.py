@@ -394,6 +394,18 @@ def test_sizes_are_what_deleting_gives_back(tmp_path: Path) -> None:
         assert freed == (size or 0) + table_size
 
 
+def test_sizes_are_told_however_the_image_is_opened(tmp_path: Path) -> None:
+    path = tmp_path / "disk.qcow2"
+    create_image(path, MIB)
+    create_snapshot(path, "then")
+    told = list_snapshots(path, with_sizes=True)
+    assert told[0].own_size == 65536
+    for writable in (False, True):
+        with open_image(path, writable=writable) as image:
+            assert list_snapshots(image, with_sizes=True) == told
+            assert list_snapshots(image)[0].own_size is None
+
+
 def in_use(path: Path) -> int:
     """Bytes of clusters with a refcount."""
     content = path.read_bytes()

@@ -257,3 +257,21 @@ def test_interrupted_at_the_switch_takes_no_more_changes(tmp_path: Path, at: str
     image.close()
     assert check_image(storage.content).is_sound
     assert marks(storage) == {b"a": {2}, b"b": set()}
+
+
+@pytest.mark.parametrize("verb", [Verb.REMOVE, Verb.CLEAR, Verb.DISABLE])
+def test_a_bitmap_that_goes_while_it_is_read_is_not_taken_for_clean(tmp_path: Path, verb: Verb) -> None:
+    """Its place is somebody else's then; one that is only switched off stays where it is."""
+    told = ImageBuilder(8 << 20, 9).bitmap(
+        b"a", [(place, 512) for place in range(0, 8 << 20, 64 << 10)], granularity_bits=9, flags=AUTO
+    )
+    image = open_in_memory(MemoryStorage(told.build(tmp_path / "image").path.read_bytes(), "image"))
+    ranges = image.dirty_bitmap("a").ranges(0, image.virtual_size)
+    assert next(ranges) == (0, 512)
+    change_bitmaps(image, [BitmapChange(verb, b"a")])
+    if verb is Verb.DISABLE:
+        assert len(list(ranges)) == 127
+        return
+    image.flush()
+    with pytest.raises(MissingReferenceError, match="while it was read"):
+        list(ranges)

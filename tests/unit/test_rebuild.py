@@ -296,6 +296,17 @@ def test_more_references_than_a_refcount_can_say_change_nothing(tmp_path: Path, 
     assert storage.content == damaged
 
 
+def test_data_is_not_taken_for_a_table_whose_flags_are_wrong(tmp_path: Path) -> None:
+    content, built = build(tmp_path, ImageBuilder(2 << 15, 9).data(0, bytes(512)))
+    damaged = bytearray(content)
+    damaged[79] |= 1
+    struct.pack_into(">Q", damaged, built.l1_entry_offset(1), built.data_offsets[0])
+    storage = stored(bytes(damaged))
+    with pytest.raises(CorruptImageError, match="is where something else is, too"):
+        rebuild(storage)
+    assert storage.content == damaged
+
+
 def test_an_image_that_cannot_be_counted_is_left_alone(tmp_path: Path) -> None:
     content, built = build(tmp_path, rich(9))
     damaged = bytearray(scrambled(content, built, 16))

@@ -6,6 +6,7 @@ import errno
 import struct
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from qcow2_plugin import open_image
@@ -21,11 +22,14 @@ from qcow2_plugin.storage.copying import copy_content
 from qcow2_plugin.storage.opener import create_given, open_given
 from tests.support import broken
 from tests.support.broken import NOISE, SIZE
+from tests.support.builder import ImageBuilder
 from tests.support.fields import COPIED
 from tests.support.image_checker import check_image
 from tests.support.memory_storage import MemoryStorage
 from tests.support.recording import Action
-from tests.support.repairing import Reader, lost, readable, repair, snapshot_ids
+from tests.support.repairing import Reader, lost, missing_references, readable, repair, snapshot_ids
+
+ALONE = np.zeros(0, dtype=np.int64)
 
 # ---- what changes
 
@@ -88,6 +92,18 @@ def test_snapshots_that_are_too_many_are_dropped(tmp_path: Path, monkeypatch: py
     assert not check_image(repaired.content).all_leaks
 
 
+def test_refcounts_stay_while_the_table_has_the_snapshots_that_are_to_be_dropped(tmp_path: Path) -> None:
+    """There is no place for a new table, so the old one stays, and is the only thing that knows what they have."""
+    image = broken.whole(broken.with_snapshots, tmp_path)
+    place = image.built.snapshots_offset + 32
+    before = image.word(place)
+    image.set_word(place, before | 0xF000_0000)  # extra data
+    image.set_word(image.entry(50), len(image.content) + 4 * SIZE | COPIED)
+    repaired = bytearray(repair(bytes(image.content), "all").content)
+    struct.pack_into(">Q", repaired, place, before)
+    assert missing_references(check_image(repaired)) == 0
+
+
 def test_extra_data_is_kept_as_far_as_there_is_room(tmp_path: Path) -> None:
     cut = repair(bytes(broken.broken("snapshot with too much extra data", tmp_path).content), "all").content
     (place,) = struct.unpack_from(">Q", cut, 64)
@@ -116,6 +132,16 @@ def test_new_refcounts_go_where_nothing_points_to(tmp_path: Path) -> None:
     assert lost(readable(image.content), readable(repaired.content)) == []
 
 
+def test_new_refcounts_do_not_go_where_the_lost_table_was(tmp_path: Path) -> None:
+    """Until the header is switched it names that place, and what is there would be taken for the table."""
+    image = ImageBuilder(1 << 20, 9).zero(5, preallocated=True).build(tmp_path / "disk.qcow2")
+    content = image.path.read_bytes()[: image.refcount_block_offsets[0]]
+    assert image.refcount_table_offset > len(content)
+    repaired = repair(content, "all")
+    assert repaired.result.corruptions_fixed
+    assert not any(repaired.content[image.refcount_table_offset :][:SIZE])
+
+
 def test_more_references_than_a_refcount_can_say(tmp_path: Path) -> None:
     """QEMU wants COPIED on a cluster with a refcount of 1; where several refer to it that would be the end of one."""
     image = broken.whole(broken.one_bit, tmp_path)
@@ -138,9 +164,22 @@ def test_nothing_is_written_where_two_structures_are(tmp_path: Path) -> None:
     place = image.built.snapshots_offset
     assert repaired.content[place : place + SIZE] == content[place : place + SIZE]
     storage = MemoryStorage(content)
-    found = read_damaged_map(storage, read_header_for_check(storage), [])
+    found = read_damaged_map(storage, read_header_for_check(storage), [], ALONE)
     assert found.owner(image.built.l1_offset // SIZE) == Structure.L1_TABLE
     assert found.owner(0) == Structure.HEADER
+
+
+@pytest.mark.parametrize("bits", [COPIED, 1 << 60], ids=["flag", "reserved"])
+def test_data_that_an_entry_takes_for_a_table_is_not_put_right(bits: int, tmp_path: Path) -> None:
+    """An L1 entry that leads to guest data: what looks like entries there is the guest's."""
+    image = broken.whole(broken.plain, tmp_path)
+    place = image.built.data_offsets[3]
+    image.set_word(place + 8, image.built.data_offsets[0] | bits)
+    image.set_word(image.built.l1_entry_offset(1), place | COPIED)
+    content = bytes(image.content)
+    repaired = repair(content, "all", ours=True)
+    assert repaired.content[place : place + SIZE] == content[place : place + SIZE]
+    assert lost(readable(content), readable(repaired.content)) == []
 
 
 def test_a_cluster_of_two_structures_belongs_to_none(tmp_path: Path) -> None:
@@ -148,12 +187,12 @@ def test_a_cluster_of_two_structures_belongs_to_none(tmp_path: Path) -> None:
     image.set_word(image.built.l1_entry_offset(1), image.built.refcount_table_offset)
     image.set_field("snapshots_offset", 0)
     storage = MemoryStorage(image.content)
-    found = read_damaged_map(storage, read_header_for_check(storage), [])
+    found = read_damaged_map(storage, read_header_for_check(storage), [], ALONE)
     assert found.owner(image.built.refcount_table_offset // SIZE) == Structure.CONTESTED
     image.set_word(image.built.l1_entry_offset(1), 0)
     image.set_field("refcount_table_offset", 0)
     storage = MemoryStorage(image.content)
-    assert read_damaged_map(storage, read_header_for_check(storage), []).owner(0) == Structure.HEADER
+    assert read_damaged_map(storage, read_header_for_check(storage), [], ALONE).owner(0) == Structure.HEADER
 
 
 # ---- what only we repair
@@ -232,6 +271,13 @@ def test_a_copy_is_repaired_and_the_image_stays_as_it_is(tmp_path: Path) -> None
     assert path.read_bytes() == content
     assert to.read_bytes() == repair(content, "all").content
     assert sorted(each.name for each in tmp_path.iterdir()) == ["built.qcow2", "disk.qcow2", "repaired.qcow2"]
+
+
+def test_nobody_may_read_the_copy_who_may_not_read_the_image(tmp_path: Path) -> None:
+    path, to = damaged(tmp_path), tmp_path / "repaired.qcow2"
+    path.chmod(0o600)
+    check(path, repair="all", to=to)
+    assert to.stat().st_mode & 0o777 == 0o600
 
 
 @pytest.mark.parametrize("is_link", [False, True])

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from qcow2_plugin.engine import recounting, snapshot_sizes, snapshotting
+from qcow2_plugin.engine.bitmap_changes import change_bitmaps
+from qcow2_plugin.engine.bitmap_plan import BitmapChange, BitmapVerb
 from qcow2_plugin.engine.header import read_header
 from qcow2_plugin.engine.recounting import Recount
 from qcow2_plugin.engine.snapshots import read_snapshots
@@ -80,6 +82,17 @@ def test_the_next_id_is_one_more_than_any_number(ids: list[bytes], following: by
         image.snapshot(each, b"x")
     opened = InMemory(image, tmp_path)
     assert create_snapshot(opened.disk, b"new", 0).id == following
+
+
+def test_the_next_id_is_none_that_is_there(tmp_path: Path) -> None:
+    """Longer numbers than anybody counts to are cut, so one more than the largest may be taken."""
+    opened = InMemory(filled().snapshot(b"9" * 20, b"x"), tmp_path)
+    made = [create_snapshot(opened.disk, b"new", 0).id for _ in range(3)]
+    assert len({*made, b"9" * 20}) == 4
+    for each in made:
+        delete_snapshot(opened.disk, each)
+    opened.disk.close()
+    opened.assert_clean()
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8, 16, 32, 64])
@@ -225,6 +238,29 @@ def test_an_interrupted_change_takes_no_more_changes(tmp_path: Path, monkeypatch
     assert not report.damage
 
 
+def test_an_apply_interrupted_behind_the_header_takes_no_more_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file has another L1 table than memory knows: what was written now would be lost."""
+    opened = InMemory(filled(), tmp_path)
+    create_snapshot(opened.disk, b"then", 0)
+    opened.disk.pwrite(b"x" * 5000, 0)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(snapshotting, "_show_new_disk", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        apply_snapshot(opened.disk, b"then", mark_bitmaps=False)
+    with pytest.raises(FailedImageError, match="interrupted"):
+        opened.disk.pwrite(b"lost", 0)
+    assert opened.disk.pread(5000, 0) == b"x" * 5000
+    opened.disk.close()
+    assert not check_image(opened.storage.content).damage
+    opened.reopen()
+    assert opened.disk.pread(512, 0) == bytes(512)
+
+
 def test_what_was_tried_is_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """COPIED, too, so that writing in place goes on."""
     opened = InMemory(filled(), tmp_path)
@@ -257,11 +293,27 @@ def test_sizes_do_not_depend_on_memory(at_once: int, tmp_path: Path, monkeypatch
     content = opened.storage.content
     of_snapshots = [references(content, each.l1_table_offset, each.l1_size) for each in (first, second)]
     active = references(content, header.l1_table_offset, header.l1_size)
-    for number, each in enumerate((first, second)):
-        found = snapshot_sizes.snapshot_sizes(opened.storage, header, each)
+    for number, found in enumerate(snapshot_sizes.snapshot_sizes(opened.storage, header, (first, second))):
         other = of_snapshots[1 - number]
         own = [cluster for cluster in of_snapshots[number] if cluster not in active and cluster not in other]
         assert found == ((len(own) + 1) * 512, (len(of_snapshots[number]) + 1) * 512)
+
+
+def test_the_disk_of_a_snapshot_tells_of_the_image_as_it_is_now(tmp_path: Path) -> None:
+    """The tables of snapshots and bitmaps have moved since it was opened, and where they were is something else."""
+    opened = InMemory(filled().bitmap(b"old"), tmp_path)
+    create_snapshot(opened.disk, b"then", 0)
+    shown = opened.disk.at_snapshot(b"then")
+    create_snapshot(opened.disk, b"later", 0)
+    change_bitmaps(opened.disk, [BitmapChange(BitmapVerb.ADD, b"new", is_enabled=False)])
+    opened.disk.flush()
+    opened.disk.pwrite(b"\xff" * 40000, 0)
+    assert [each.name for each in shown.snapshots()] == [b"then", b"later"]
+    assert [each.name for each in shown.bitmaps()] == [b"old", b"new"]
+    assert shown.at_snapshot(b"later").pread(512, 3 * 512) == bytes([3]) * 512
+    assert not list(shown.dirty_extents(b"new"))
+    opened.disk.close()
+    opened.assert_clean()
 
 
 def test_readers_of_a_snapshot_that_never_was(tmp_path: Path) -> None:

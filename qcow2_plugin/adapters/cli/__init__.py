@@ -3,7 +3,7 @@
 Exit codes: 0 done, 1 failed (one line on stderr says why), 2 wrong usage, 3 refused by `vet` or, by `bitmap health`, no
 incremental backup, 130 interrupted, 141 the reader went away; `serve` ends with the code of nbdkit or of its command,
 `check` with those of qemu-img (1 wrong usage too, 2 corruptions, 3 leaks).
-A verb's module is light to import; what its work needs is imported when it runs.
+A verb's module is imported when the verb is asked for, and what its work needs when it runs.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from typing import NoReturn
 
-from qcow2_plugin.adapters.cli import amend, bitmap, check, create, info, map, resize, serve, snapshot, text, vet
+from qcow2_plugin.adapters.cli import text
 from qcow2_plugin.errors import Qcow2Error
 
+_VERBS = frozenset(("amend", "bitmap", "check", "create", "info", "map", "resize", "serve", "snapshot", "vet"))
 _FAILED = 1
 _INTERRUPTED = 130
 _READER_GONE = 141
@@ -39,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises SystemExit for wrong usage (2) and --help (0).
     """
     text.prepare_streams()
-    arguments = _parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    arguments = _parser(words[:1]).parse_args(words)
     try:
         status: int = arguments.start(arguments)
         sys.stdout.flush()
@@ -67,15 +70,16 @@ class _Version(argparse.Action):
         parser.exit()
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(first: Sequence[str]) -> argparse.ArgumentParser:
+    """A parser for command lines that begin with the word `first`, if there is one."""
     parser = argparse.ArgumentParser(
         prog="qcow2",
-        description="Make qcow2 disk images, look into them, resize and serve them, without QEMU.",
+        description="Make qcow2 disk images, look into them, take care of them and serve them, without QEMU.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action=_Version, help="print the version and end")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
-    for verb in (amend, bitmap, check, create, info, map, resize, serve, snapshot, vet):
-        verb.add_to(verbs)
+    for name in set(first) & _VERBS or sorted(_VERBS):
+        import_module(f"{__name__}.{name}").add_to(verbs)
     return parser
