@@ -50,7 +50,8 @@ def repair_to(
         source = chain.open_top(path)
         header = read_header_for_check(source)
         data = chain.open_data_file(header, source, data_file)
-        copy = files.make(temporary, "copy").storage
+        made = files.make(temporary, "copy")
+        copy = made.storage
         copy.path = os.fspath(to)  # what messages call it
         os.chmod(temporary, 0o777 & os.stat(temporary).st_mode & os.stat(path).st_mode)
         copy_content(source, copy)
@@ -65,5 +66,6 @@ def repair_to(
         )
         copy.barrier()
         give_name(temporary, to)
+        made.path = os.fspath(to)
         make_names_durable(os.path.dirname(os.fspath(to)))
     return result

@@ -12,6 +12,6 @@ cd -- "$(dirname -- "${BASH_SOURCE[0]}")/../.."
 [[ -e /dev/fd/0 ]] || exec </dev/null # some runners start jobs with no stdin at all
 
 bash tests/support/setup.sh bench >&2
-unset PYTHONHOME PYTHONPATH
+unset PYTHONHOME PYTHONPATH PYTHONDONTWRITEBYTECODE # compiled modules are kept, as in any installation
 
 exec .venv/bin/python -m tests.bench "$@"

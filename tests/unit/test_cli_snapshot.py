@@ -96,6 +96,8 @@ def test_bitmaps_have_to_be_asked_for() -> None:
         ("-l -a b disk.qcow2", "not allowed with argument -l/--list"),
         ("-U -c a disk.qcow2", "-U is for -l: an image that others use must not be changed"),
         ("-d a --mark-bitmaps disk.qcow2", "--mark-bitmaps goes with -a"),
+        ("-c a --sizes disk.qcow2", "--sizes and --output go with -l"),
+        ("-d a --output=json disk.qcow2", "--sizes and --output go with -l"),
         ("--output=text disk.qcow2", "invalid choice: 'text'"),
     ],
 )

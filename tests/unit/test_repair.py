@@ -300,6 +300,16 @@ def test_what_cannot_be_repaired_leaves_no_copy(tmp_path: Path) -> None:
     assert sorted(each.name for each in tmp_path.iterdir()) == ["built.qcow2", "disk.qcow2"]
 
 
+def test_a_name_that_cannot_be_made_durable_leaves_no_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: str) -> None:
+        raise OSError(errno.EIO, "no")
+
+    monkeypatch.setattr("qcow2_plugin.operations.repair_copy.make_names_durable", fail)
+    with pytest.raises(OSError, match="no"):
+        repair_to(damaged(tmp_path), tmp_path / "repaired.qcow2", mode="all")
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["built.qcow2", "disk.qcow2"]
+
+
 def test_a_data_file_is_read_and_the_copy_names_the_same(tmp_path: Path) -> None:
     image = broken.in_the_wrong_place(tmp_path)
     path, to = tmp_path / "disk.qcow2", tmp_path / "repaired.qcow2"

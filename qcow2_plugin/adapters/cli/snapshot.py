@@ -53,7 +53,7 @@ def add_to(verbs: text.Verbs) -> None:
         action="store_true",
         help="with -l: also what deleting each snapshot would give back, and how much it refers to",
     )
-    parser.add_argument("--output", choices=("human", "json"), default="human", help="of -l")
+    parser.add_argument("--output", choices=("human", "json"), help="of -l; default: human")
     parser.add_argument("-q", "--quiet", action="store_true", help="say nothing; only -l says anything")
     text.add_force_share(parser)
     text.add_image(parser)
@@ -66,6 +66,8 @@ def _run(arguments: argparse.Namespace) -> int:
     wanted = next((each for each in (arguments.create, arguments.apply, arguments.delete) if each is not None), None)
     if wanted is not None and arguments.force_share:
         arguments.complain("-U is for -l: an image that others use must not be changed")
+    if wanted is not None and (arguments.sizes or arguments.output):
+        arguments.complain("--sizes and --output go with -l")
     if arguments.mark_bitmaps and arguments.apply is None:
         arguments.complain("--mark-bitmaps goes with -a")
     if arguments.create is not None:
