@@ -1,4 +1,4 @@
-"""qcow2 images without QEMU: create, read and write them, serve them through nbdkit, look into them.
+"""qcow2 images without QEMU: create, read and write them, serve them through nbdkit, take care of them.
 
     with open_image("disk.qcow2", writable=True) as image:
         first_sector = image.pread(512, 0)
@@ -11,32 +11,31 @@ The house, top floor first; imports point down only:
 
     adapters      translation, no logic: `nbd` (connections), `exports` and `command_line` (nbdkit's), `cli` (the
                   `qcow2` command)
-    operations    verbs over whole images: `amend`, `check`, `create`, `resize`, `info`, `map`, `vet`, `bitmaps`,
-                  `bitmap_health`, `bitmap_pruning`, `snapshots`; `transaction` changes the bitmaps of several
-                  images
+    operations    verbs over whole images, one module each: `create`, `info`, `map`, `vet`, `resize`, `check`,
+                  `snapshots`, `bitmaps`, `bitmap_health`, `transaction` (bitmaps of several images), `amend`, ...
     engine        one image. Reading: `chain` opens it with all that is below, `image` is the data path, `mapping` says
                   where guest ranges live, `tables` keeps what was read of the L1 and L2 tables, `codec` decompresses,
-                  `layout` tells whether the file is all there; `snapshots`, `bitmaps` and `dirty` read the rest.
+                  `layout` tells whether the file is all there.
                   Writing: `writable` is the data path, `placement` says where a write goes, `written_tables` and
                   `allocator` (over `refcount_blocks`) hold tables and refcounts as they change, `writeback` brings them
-                  to disk in order,
-                  `requests` knows who is still moving data, `image_file` lets no write go where it does not belong.
-                  Checking: `check` says what is looked for, `check_structures`, `check_tables`, `check_refcounts` and
-                  `check_data_file` look, `references` and `table_references` count, `findings` collects.
-                  Repairing: `repair` says in which order, `repair_entries`, `repair_refcounts`, `repair_snapshots` and
-                  `repair_extra` write, where `damaged_map` and `damaged_snapshots` see a place for it.
-                  Snapshots: `snapshotting` makes, applies and deletes them, `reaching` finds what they refer to,
-                  `recounting` counts it, `differing` compares, `snapshot_sizes` tells what they keep, and
-                  `snapshot_views` who reads them.
-                  Around that: `first_change` puts right what must be, `metadata` finds every structure, `tracking`
-                  keeps dirty bitmaps true, `bitmap_changes` brings other ones by one switch (`bitmap_plan` says which,
-                  `bitmap_content` what they mark), `standing_still` gives them the time, `rebuild` makes
-                  refcounts from the tables, `unfinished` is about images in the middle of a transaction,
-                  `bitmap_survey` about the places of bitmaps, `resizing` changes the size of the disk,
-                  `amending` the kind of image, with `refcount_width` and `zero_expansion`; `header_rewrite` plans how
-                  a header becomes another one
-    storage       where bytes live: `file`, `space`, `locks`, `directory`, and `opener`, the only way from a name to an
-                  open file
+                  to disk in order, `requests` knows who is still moving data, `image_file` lets no write go where it
+                  does not belong, `metadata` finds every structure, `first_change` puts right what must be.
+                  Changing it as a whole: `standing_still` gives the time, `resizing` another size, `amending` another
+                  kind (with `refcount_width` and `zero_expansion`), `header_rewrite` plans another header.
+      checking    `check` says what is looked for, `check_structures`, `check_tables`, `check_refcounts` and
+                  `check_data_file` look, `references` and `table_references` count, `findings` collects
+      repairing   `repair` says in which order, `repair_entries`, `repair_refcounts`, `repair_snapshots` and
+                  `repair_extra` write, `damaged_map` sees where; `rebuild` makes refcounts from the tables
+      internal_snapshots
+                  `snapshots` reads the table, `snapshotting` makes, applies and deletes them, `reaching` finds what
+                  they refer to, `recounting` counts it, `differing` compares, `snapshot_sizes` tells what they keep,
+                  `snapshot_views` who reads them
+      dirty_bitmaps
+                  `bitmaps` and `dirty` read them, `tracking` keeps them true, `bitmap_changes` brings other ones by one
+                  switch (`bitmap_plan` says which, `bitmap_content` what they mark), `bitmap_survey` looks at damaged
+                  ones, `unfinished` at images in the middle of a transaction
+    storage       where bytes live: `file`, `space`, `copying`, `locks`, `directory`, and `opener`, the only way from a
+                  name to an open file
     format        bytes <-> values, pure: `header`, `geometry`, `entries`, `refcounts`, `snapshots`, `bitmaps`, ...
     extent, errors    the words that all of them share
 
@@ -56,9 +55,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from qcow2_plugin.engine.bitmap_plan import BitmapChange, BitmapVerb
     from qcow2_plugin.engine.chain import open_image
-    from qcow2_plugin.engine.findings import CheckResult, Finding, FindingClass
+    from qcow2_plugin.engine.checking.findings import CheckResult, Finding, FindingClass
+    from qcow2_plugin.engine.dirty_bitmaps.bitmap_plan import BitmapChange, BitmapVerb
     from qcow2_plugin.engine.image import Image
     from qcow2_plugin.extent import Extent, ExtentKind, GuestDisk
     from qcow2_plugin.operations.amend import amend
@@ -137,15 +136,15 @@ __all__ = [
 
 if not TYPE_CHECKING:  # a checker that saw __getattr__ would take every name for public
     _HOMES = {
-        "BitmapChange": "engine.bitmap_plan",
+        "BitmapChange": "engine.dirty_bitmaps.bitmap_plan",
         "BitmapHealth": "operations.bitmap_health",
         "BitmapState": "operations.bitmap_health",
-        "BitmapVerb": "engine.bitmap_plan",
-        "CheckResult": "engine.findings",
+        "BitmapVerb": "engine.dirty_bitmaps.bitmap_plan",
+        "CheckResult": "engine.checking.findings",
         "Extent": "extent",
         "ExtentKind": "extent",
-        "Finding": "engine.findings",
-        "FindingClass": "engine.findings",
+        "Finding": "engine.checking.findings",
+        "FindingClass": "engine.checking.findings",
         "GuestDisk": "extent",
         "Image": "engine.image",
         "ImageInfo": "operations.info",

@@ -22,9 +22,9 @@ from datetime import UTC, datetime
 from typing import Protocol
 
 from qcow2_plugin.adapters.command_line import ParameterError, Parameters
-from qcow2_plugin.engine.bitmaps import find as find_bitmap
+from qcow2_plugin.engine.dirty_bitmaps.bitmaps import find as find_bitmap
 from qcow2_plugin.engine.image import Image
-from qcow2_plugin.engine.snapshots import find as find_snapshot
+from qcow2_plugin.engine.internal_snapshots.snapshots import find as find_snapshot
 from qcow2_plugin.errors import Qcow2Error, printable
 from qcow2_plugin.extent import Extent, ExtentKind, clear
 from qcow2_plugin.format import names

@@ -23,11 +23,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from qcow2_plugin.engine.bitmaps import read_bitmaps
+from qcow2_plugin.engine.dirty_bitmaps.bitmaps import read_bitmaps
 from qcow2_plugin.engine.image_file import Structure
+from qcow2_plugin.engine.internal_snapshots.snapshots import read_snapshots
 from qcow2_plugin.engine.refcount_width import change_refcount_width, require_fitting
 from qcow2_plugin.engine.resizing import require_resizable
-from qcow2_plugin.engine.snapshots import read_snapshots
 from qcow2_plugin.engine.standing_still import at_rest
 from qcow2_plugin.engine.writeback import write_refcounts_now
 from qcow2_plugin.engine.zero_expansion import expand_zero_clusters, has_compressed_clusters
@@ -49,7 +49,7 @@ from qcow2_plugin.format.header import (
 from qcow2_plugin.format.snapshots import Snapshot, pack_table
 
 if TYPE_CHECKING:
-    from qcow2_plugin.engine.findings import Progress
+    from qcow2_plugin.engine.checking.findings import Progress
     from qcow2_plugin.engine.writable import WritableImage
 
 _REFCOUNT_WIDTHS = (1, 2, 4, 8, 16, 32, 64)

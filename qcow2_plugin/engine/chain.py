@@ -13,13 +13,13 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import NamedTuple
 
-from qcow2_plugin.engine import unfinished
+from qcow2_plugin.engine.dirty_bitmaps import unfinished
 from qcow2_plugin.engine.files import ChainFiles
 from qcow2_plugin.engine.header import read_header, refusals
 from qcow2_plugin.engine.image import Image, Layer
+from qcow2_plugin.engine.internal_snapshots.snapshots import check_l1_table, find, read_snapshots
 from qcow2_plugin.engine.layout import check_complete, check_tables
 from qcow2_plugin.engine.raw import RawDisk
-from qcow2_plugin.engine.snapshots import check_l1_table, find, read_snapshots
 from qcow2_plugin.engine.unopened import UnopenedDisk
 from qcow2_plugin.errors import CorruptImageError, ReadOnlyImageError, UnfinishedTransactionError, about_file
 from qcow2_plugin.extent import GuestDisk

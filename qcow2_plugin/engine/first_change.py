@@ -17,7 +17,7 @@ def put_right(file: ImageFile, allocator: Allocator, tables: Tables) -> None:
     Raises CorruptImageError, TruncatedImageError, OSError. Lock: the image's.
     """
     if file.header.dirty:
-        from qcow2_plugin.engine.rebuild import rebuild_refcounts  # few images need it, so few wait for it
+        from qcow2_plugin.engine.repairing.rebuild import rebuild_refcounts  # few images need it, so few wait for it
 
         rebuild_refcounts(file, allocator)
         tables.forget()

@@ -22,9 +22,10 @@ from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Self
 
-from qcow2_plugin.engine import bitmaps, snapshots
 from qcow2_plugin.engine.codec import ClusterCache
-from qcow2_plugin.engine.dirty import DirtyBitmap
+from qcow2_plugin.engine.dirty_bitmaps import bitmaps
+from qcow2_plugin.engine.dirty_bitmaps.dirty import DirtyBitmap
+from qcow2_plugin.engine.internal_snapshots import snapshots
 from qcow2_plugin.engine.mapping import Mapping
 from qcow2_plugin.engine.tables import RUN_MASK, Tables, TableSource
 from qcow2_plugin.engine.through import through_backing

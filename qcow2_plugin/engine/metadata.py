@@ -17,11 +17,11 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-from qcow2_plugin.engine.bitmaps import read_bitmaps
+from qcow2_plugin.engine.dirty_bitmaps.bitmaps import read_bitmaps
 from qcow2_plugin.engine.distinct import distinct
 from qcow2_plugin.engine.header import read_structure
 from qcow2_plugin.engine.image_file import Clusters, MetadataMap, Structure
-from qcow2_plugin.engine.snapshots import check_l1_table, read_snapshots
+from qcow2_plugin.engine.internal_snapshots.snapshots import check_l1_table, read_snapshots
 from qcow2_plugin.errors import CorruptImageError, TruncatedImageError, UnsupportedFeatureError, about_file
 from qcow2_plugin.format import bits
 from qcow2_plugin.format.bitmaps import Bitmap

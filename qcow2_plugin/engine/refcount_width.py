@@ -30,7 +30,7 @@ from qcow2_plugin.format.refcounts import pack_block
 
 if TYPE_CHECKING:
     from qcow2_plugin.engine.allocator import Allocator
-    from qcow2_plugin.engine.findings import Progress
+    from qcow2_plugin.engine.checking.findings import Progress
     from qcow2_plugin.engine.writable import WritableImage
 
 _WRITE_SIZE = 1 << 20

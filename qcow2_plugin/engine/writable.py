@@ -32,17 +32,17 @@ from itertools import islice
 from typing import cast
 
 from qcow2_plugin.engine.allocator import Allocator
-from qcow2_plugin.engine.dirty import DirtyBitmap
+from qcow2_plugin.engine.dirty_bitmaps.dirty import DirtyBitmap
+from qcow2_plugin.engine.dirty_bitmaps.tracking import BitmapTracker
 from qcow2_plugin.engine.first_change import put_right
 from qcow2_plugin.engine.image import Image, Layer
 from qcow2_plugin.engine.image_file import ImageFile
+from qcow2_plugin.engine.internal_snapshots.snapshot_views import SnapshotViews
 from qcow2_plugin.engine.metadata import read_metadata
 from qcow2_plugin.engine.placement import Clearing, Fill, Piece, Placement, WrittenMapping
 from qcow2_plugin.engine.requests import Requests
 from qcow2_plugin.engine.resizing import resize
-from qcow2_plugin.engine.snapshot_views import SnapshotViews
 from qcow2_plugin.engine.tables import RUN_MASK, TableSource
-from qcow2_plugin.engine.tracking import BitmapTracker
 from qcow2_plugin.engine.writeback import WriteBack
 from qcow2_plugin.engine.written_tables import WrittenTables
 from qcow2_plugin.extent import ZEROS, Extent

@@ -35,7 +35,7 @@ from qcow2_plugin.format.entries import COMPRESSED, COPIED, OFFSET_MASK, ZERO, E
 from qcow2_plugin.format.refcounts import runs_of
 
 if TYPE_CHECKING:
-    from qcow2_plugin.engine.findings import Progress
+    from qcow2_plugin.engine.checking.findings import Progress
     from qcow2_plugin.engine.writable import WritableImage
 
 _BATCH = 16

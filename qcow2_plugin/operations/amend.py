@@ -11,7 +11,7 @@ from qcow2_plugin.errors import OptionError, printable
 from qcow2_plugin.operations.opened import opened
 
 if TYPE_CHECKING:
-    from qcow2_plugin.engine.findings import Progress
+    from qcow2_plugin.engine.checking.findings import Progress
 
 Path = str | os.PathLike[str]
 

@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast
 
-from qcow2_plugin.engine.bitmaps import read_bitmaps
+from qcow2_plugin.engine.dirty_bitmaps.bitmaps import read_bitmaps
 from qcow2_plugin.engine.header import read_header
 from qcow2_plugin.errors import CorruptImageError, ImageLockedError, Qcow2Error, about_file, printable
 from qcow2_plugin.format import names as format_names
@@ -179,7 +179,7 @@ class _Examination:
         return read_bitmaps(self._storage, header)
 
     def _examined(self, bitmaps: list[Bitmap]) -> list[BitmapHealth]:
-        from qcow2_plugin.engine.bitmap_survey import survey  # who has no bitmaps need not wait for it
+        from qcow2_plugin.engine.dirty_bitmaps.bitmap_survey import survey  # who has no bitmaps need not wait for it
 
         header = self._header
         reasons = [bitmap.unusable_reason(header.virtual_size, header.geometry.cluster_size) for bitmap in bitmaps]

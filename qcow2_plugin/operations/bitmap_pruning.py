@@ -12,9 +12,9 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from qcow2_plugin.engine import unfinished
-from qcow2_plugin.engine.bitmap_changes import change_bitmaps
-from qcow2_plugin.engine.bitmap_plan import BitmapChange, Verb
+from qcow2_plugin.engine.dirty_bitmaps import unfinished
+from qcow2_plugin.engine.dirty_bitmaps.bitmap_changes import change_bitmaps
+from qcow2_plugin.engine.dirty_bitmaps.bitmap_plan import BitmapChange, Verb
 from qcow2_plugin.errors import OptionError, ReadOnlyImageError, printable
 from qcow2_plugin.format import names as format_names
 from qcow2_plugin.format.header import AUTOCLEAR_DATA_FILE_RAW, EXTENSION_BITMAPS, Header

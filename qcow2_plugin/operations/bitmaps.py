@@ -12,10 +12,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, cast
 
-from qcow2_plugin.engine import bitmap_changes
-from qcow2_plugin.engine.bitmap_content import BitmapContent, read_content
-from qcow2_plugin.engine.bitmap_plan import BitmapChange, Verb, rotating
 from qcow2_plugin.engine.chain import open_alone
+from qcow2_plugin.engine.dirty_bitmaps import bitmap_changes
+from qcow2_plugin.engine.dirty_bitmaps.bitmap_content import BitmapContent, read_content
+from qcow2_plugin.engine.dirty_bitmaps.bitmap_plan import BitmapChange, Verb, rotating
 from qcow2_plugin.engine.image import Image
 from qcow2_plugin.format.names import to_bytes
 from qcow2_plugin.operations.opened import opened

@@ -7,9 +7,9 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import Literal
 
-from qcow2_plugin.engine.check import check_image, read_header_for_check
+from qcow2_plugin.engine.checking.check import check_image, read_header_for_check
+from qcow2_plugin.engine.checking.findings import DEFAULT_MAX_FINDINGS, CheckResult, Progress
 from qcow2_plugin.engine.files import ChainFiles
-from qcow2_plugin.engine.findings import DEFAULT_MAX_FINDINGS, CheckResult, Progress
 from qcow2_plugin.errors import OptionError
 from qcow2_plugin.storage.opener import Policy
 
@@ -46,7 +46,7 @@ def check(
     another program may write to the image, which can then look damaged without being so.
 
     Raises OptionError for options that contradict each other; any Qcow2Error if the image is beyond checking or cannot
-    be repaired; OSError. Memory: see `engine.check`.
+    be repaired; OSError. Memory: see `engine.checking.check`.
     """
     _require_sense(
         path, repair=repair, repair_ours=repair_ours, to=to, looks=deep or stop_after is not None, shares=force_share
@@ -147,7 +147,7 @@ def _repair(
     max_findings: int | None,
     progress: Progress | None,
 ) -> CheckResult:
-    from qcow2_plugin.engine.repair import repair_image  # who only checks need not wait for it
+    from qcow2_plugin.engine.repairing.repair import repair_image  # who only checks need not wait for it
 
     with ExitStack() as resources:
         files = ChainFiles(resources, policy=policy, writable=True, base_directory=base_directory)

@@ -11,10 +11,10 @@ import os
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from qcow2_plugin.engine.bitmaps import read_bitmaps
+from qcow2_plugin.engine.dirty_bitmaps.bitmaps import read_bitmaps
 from qcow2_plugin.engine.files import ChainFiles
 from qcow2_plugin.engine.header import read_header
-from qcow2_plugin.engine.snapshots import read_snapshots
+from qcow2_plugin.engine.internal_snapshots.snapshots import read_snapshots
 from qcow2_plugin.errors import Qcow2Error, about_file
 from qcow2_plugin.format import names
 from qcow2_plugin.format.geometry import SECTOR_SIZE

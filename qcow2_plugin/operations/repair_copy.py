@@ -7,10 +7,10 @@ import os
 import secrets
 from contextlib import ExitStack
 
-from qcow2_plugin.engine.check import read_header_for_check
+from qcow2_plugin.engine.checking.check import read_header_for_check
+from qcow2_plugin.engine.checking.findings import DEFAULT_MAX_FINDINGS, CheckResult, Progress
 from qcow2_plugin.engine.files import ChainFiles
-from qcow2_plugin.engine.findings import DEFAULT_MAX_FINDINGS, CheckResult, Progress
-from qcow2_plugin.engine.repair import Mode, repair_image
+from qcow2_plugin.engine.repairing.repair import Mode, repair_image
 from qcow2_plugin.operations.new_files import NewFiles
 from qcow2_plugin.storage.copying import copy_content
 from qcow2_plugin.storage.directory import give_name, make_names_durable

@@ -13,12 +13,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple, cast
 
-from qcow2_plugin.engine import snapshotting
 from qcow2_plugin.engine.chain import open_alone
 from qcow2_plugin.engine.header import read_header
 from qcow2_plugin.engine.image import Image
-from qcow2_plugin.engine.snapshot_sizes import snapshot_sizes
-from qcow2_plugin.engine.snapshots import read_snapshots
+from qcow2_plugin.engine.internal_snapshots import snapshotting
+from qcow2_plugin.engine.internal_snapshots.snapshot_sizes import snapshot_sizes
+from qcow2_plugin.engine.internal_snapshots.snapshots import read_snapshots
 from qcow2_plugin.format.header import Header
 from qcow2_plugin.format.names import to_bytes
 from qcow2_plugin.operations.info import SnapshotInfo, snapshot_info

@@ -16,7 +16,7 @@ write of its header, which no crash can tear; for several there is a *record*, a
 So the record exists as long as any image is marked. What a crash leaves of an image is without a mark, and is not
 touched yet or done; or it has a mark, and what it says is decided by the record: committed, the new bitmaps are in
 force; prepared, the old ones. That holds for whoever reads, without a change on disk. Whoever opens the image for
-writing first has the header say so (`engine.unfinished`), and `recover_transaction` does that for all images and
+writing first has the header say so (`engine.dirty_bitmaps.unfinished`), and `recover_transaction` does that for all images and
 removes the record. Doing it twice does no harm. What the losing side had allocated remains as a leak.
 
 **If the record is not to be had** nobody guesses. It is a name that comes from an image, so the policy has its say: a
@@ -55,9 +55,9 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from qcow2_plugin.engine import unfinished
-from qcow2_plugin.engine.bitmap_changes import Prepared, prepare_bitmaps
-from qcow2_plugin.engine.bitmap_plan import BitmapChange
+from qcow2_plugin.engine.dirty_bitmaps import unfinished
+from qcow2_plugin.engine.dirty_bitmaps.bitmap_changes import Prepared, prepare_bitmaps
+from qcow2_plugin.engine.dirty_bitmaps.bitmap_plan import BitmapChange
 from qcow2_plugin.engine.header_rewrite import rehearse
 from qcow2_plugin.engine.layout import check_tables
 from qcow2_plugin.engine.standing_still import at_rest

@@ -23,7 +23,7 @@ from tests.support.crash_states import Crashes, State
 from tests.support.image_checker import RAW_DATA_FILE, HeaderFacts, check_image
 from tests.support.in_memory import open_in_memory
 from tests.support.memory_storage import MemoryStorage
-from tests.support.recording import Log, RecordingStorage
+from tests.support.recording import SECTOR, Action, Log, RecordingStorage
 
 KIB = 1 << 10
 SIZE = 70 * KIB + 512
@@ -94,6 +94,12 @@ def _with_data_file(is_raw: bool, extended_l2: bool) -> Told:
     return told._replace(files=(told.files[0], told.files[1].ljust(builder.virtual_size, b"\0")))
 
 
+@functools.cache
+def _with_short_data_file() -> Told:
+    told = _with_data_file(False, False)
+    return told._replace(files=(told.files[0], told.files[1].rstrip(b"\0")))
+
+
 IMAGES: dict[str, Callable[[], Told]] = {
     "new": lambda: _plain(3, False, True),
     "new overlay": lambda: _plain(3, True, True),
@@ -101,6 +107,7 @@ IMAGES: dict[str, Callable[[], Told]] = {
     "old overlay": lambda: _plain(2, True, False),
     "data file": lambda: _with_data_file(False, False),
     "data file, extended": lambda: _with_data_file(False, True),
+    "short data file": _with_short_data_file,
     "raw data file": lambda: _with_data_file(True, False),
 }
 AMENDMENTS: dict[tuple[str, str], Amendment] = {
@@ -115,6 +122,7 @@ AMENDMENTS: dict[tuple[str, str], Amendment] = {
     ("data file", "other name"): Amendment(data_file=b"n" * 700),
     ("data file", "no name"): Amendment(data_file=b""),
     ("data file", "raw"): Amendment(data_file_raw=True),
+    ("short data file", "raw"): Amendment(data_file_raw=True),
     ("data file, extended", "raw, wider"): Amendment(data_file_raw=True, refcount_bits=64),
     ("raw data file", "not raw, wider"): Amendment(data_file_raw=False, refcount_bits=32),
 }
@@ -136,8 +144,18 @@ class Work:
         image = self.open(files)
         try:
             amend(image, self.wanted)
+            if isinstance(files[0], RecordingStorage):
+                self._require_durable_header(files[0].log)
         finally:
             image.close()
+
+    def _require_durable_header(self, log: Log) -> None:
+        """Whoever is told that the image is amended can rely on it."""
+        for call in reversed(log.calls):
+            if call.file == 0 and call.action is Action.BARRIER:
+                return
+            if call.file == 0 and call.offset < SECTOR:
+                raise WrongError(f"{self.name}: the header is not durable yet")
 
     def recorded(self) -> tuple[Log, list[bytes]]:
         """The log of the amendment, and the files after it, which have no leak."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 
-from qcow2_plugin.engine.bitmap_plan import BitmapChange, Verb
+from qcow2_plugin.engine.dirty_bitmaps.bitmap_plan import BitmapChange, Verb
 from qcow2_plugin.errors import BitmapError, Qcow2Error
 from qcow2_plugin.operations.bitmaps import change_bitmaps
 from tests.crash.bitmap_work import Step, Work

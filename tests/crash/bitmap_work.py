@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from qcow2_plugin.engine.bitmap_plan import BitmapChange, BitmapVerb, Verb, rotating
+from qcow2_plugin.engine.dirty_bitmaps.bitmap_plan import BitmapChange, BitmapVerb, Verb, rotating
 from qcow2_plugin.operations.bitmaps import change_bitmaps
 from tests.crash.history import NEVER, as_sectors, text
 from tests.crash.opening import open_readable, read_disk

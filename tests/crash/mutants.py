@@ -17,12 +17,13 @@ import numpy as np
 import pytest
 
 from qcow2_plugin import engine
-from qcow2_plugin.engine import first_change, rebuild
+from qcow2_plugin.engine import first_change
 from qcow2_plugin.engine.allocator import Allocator, Retired, Run
+from qcow2_plugin.engine.dirty_bitmaps.tracking import BitmapTracker
 from qcow2_plugin.engine.image_file import ImageFile, Structure
 from qcow2_plugin.engine.placement import NO_FILL, WrittenMapping
-from qcow2_plugin.engine.repair_refcounts import set_refcounts
-from qcow2_plugin.engine.tracking import BitmapTracker
+from qcow2_plugin.engine.repairing import rebuild
+from qcow2_plugin.engine.repairing.repair_refcounts import set_refcounts
 from qcow2_plugin.engine.writable import WritableImage
 from qcow2_plugin.engine.writeback import WriteBack, write_refcounts
 from qcow2_plugin.engine.written_tables import WrittenTables
@@ -387,7 +388,7 @@ def barrier_sites() -> list[BarrierSite]:
     """All such places, but for the one that carries it out."""
     folder = Path(engine.__file__ or "").parent
     sites = []
-    for path in sorted(folder.glob("*.py")):
+    for path in sorted(folder.rglob("*.py")):
         if path.stem != ImageFile.__module__.rpartition(".")[2]:
             for function in ast.walk(ast.parse(path.read_text())):
                 if isinstance(function, ast.FunctionDef):

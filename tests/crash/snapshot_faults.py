@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 
-from qcow2_plugin.engine.snapshotting import create_snapshot
+from qcow2_plugin.engine.internal_snapshots.snapshotting import create_snapshot
 from qcow2_plugin.errors import FailedImageError
 from tests.crash.kinds import Kind
 from tests.crash.opening import open_readable, read_disk

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from qcow2_plugin.engine.image import Image
-from qcow2_plugin.engine.snapshotting import apply_snapshot, create_snapshot, delete_snapshot
+from qcow2_plugin.engine.internal_snapshots.snapshotting import apply_snapshot, create_snapshot, delete_snapshot
 from qcow2_plugin.engine.writable import WritableImage
 from tests.crash.kinds import Kind
 from tests.crash.opening import open_readable, read_disk

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from qcow2_plugin.engine import bitmap_changes
 from qcow2_plugin.engine.allocator import Retired
-from qcow2_plugin.engine.bitmap_changes import Prepared
-from qcow2_plugin.engine.tracking import BitmapTracker
+from qcow2_plugin.engine.dirty_bitmaps import bitmap_changes
+from qcow2_plugin.engine.dirty_bitmaps.bitmap_changes import Prepared
+from qcow2_plugin.engine.dirty_bitmaps.tracking import BitmapTracker
 from qcow2_plugin.engine.writable import WritableImage
 from qcow2_plugin.engine.written_tables import WrittenTables
 from qcow2_plugin.errors import Qcow2Error

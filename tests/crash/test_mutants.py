@@ -31,6 +31,9 @@ NOT_NEEDED = {
 }
 
 OTHER_SUITES = {
+    "amending": "test_amend.py",
+    "refcount_width": "test_amend.py",
+    "zero_expansion": "test_amend.py",
     "bitmap_changes": "test_bitmap_changes.py",
     "recounting": "test_snapshots.py",
     "snapshotting": "test_snapshots.py",

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from qcow2_plugin.engine.check import read_header_for_check
-from qcow2_plugin.engine.repair import Mode, repair_image
+from qcow2_plugin.engine.checking.check import read_header_for_check
+from qcow2_plugin.engine.repairing.repair import Mode, repair_image
 from qcow2_plugin.errors import Qcow2Error
 from tests.crash.campaign import DEPTH
 from tests.crash.mutants import BarrierSite, barrier_sites, skip_barrier

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qcow2_plugin.engine import snapshotting
 from qcow2_plugin.engine.allocator import Allocator, RefcountWrites
 from qcow2_plugin.engine.image_file import ImageFile, MetadataMap
-from qcow2_plugin.engine.recounting import Recount
+from qcow2_plugin.engine.internal_snapshots import snapshotting
+from qcow2_plugin.engine.internal_snapshots.recounting import Recount
 from qcow2_plugin.errors import Qcow2Error
 from tests.crash.campaign import DEPTH
 from tests.crash.kinds import kind

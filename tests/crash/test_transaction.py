@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from qcow2_plugin.engine import unfinished
-from qcow2_plugin.engine.bitmap_changes import Prepared
+from qcow2_plugin.engine.dirty_bitmaps import unfinished
+from qcow2_plugin.engine.dirty_bitmaps.bitmap_changes import Prepared
+from qcow2_plugin.engine.dirty_bitmaps.unfinished import Decided
 from qcow2_plugin.engine.image_file import ImageFile
-from qcow2_plugin.engine.unfinished import Decided
 from qcow2_plugin.engine.writable import WritableImage
 from qcow2_plugin.errors import Qcow2Error
 from qcow2_plugin.format.transaction import committed, unmarked

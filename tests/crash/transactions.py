@@ -23,9 +23,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qcow2_plugin.engine import unfinished
-from qcow2_plugin.engine.bitmap_plan import BitmapChange, Verb, rotating
-from qcow2_plugin.engine.bitmaps import read_bitmaps
+from qcow2_plugin.engine.dirty_bitmaps import unfinished
+from qcow2_plugin.engine.dirty_bitmaps.bitmap_plan import BitmapChange, Verb, rotating
+from qcow2_plugin.engine.dirty_bitmaps.bitmaps import read_bitmaps
 from qcow2_plugin.engine.header import read_header
 from qcow2_plugin.engine.writable import WritableImage
 from qcow2_plugin.format.transaction import Record, mark_of

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from qcow2_plugin.engine import references, table_references
+from qcow2_plugin.engine.checking import references, table_references
 from qcow2_plugin.errors import Qcow2Error, UnsupportedFeatureError
 from qcow2_plugin.operations.check import check
 from tests.hostile.test_bitmaps import IMAGES as BITMAPS

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from qcow2_plugin import open_image
-from qcow2_plugin.engine.bitmap_plan import BitmapChange, Verb
+from qcow2_plugin.engine.dirty_bitmaps.bitmap_plan import BitmapChange, Verb
 from qcow2_plugin.errors import BitmapError, MissingReferenceError, Qcow2Error
 from qcow2_plugin.operations.bitmaps import (
     add_bitmap,

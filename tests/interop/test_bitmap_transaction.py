@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from qcow2_plugin import create_image, open_image
-from qcow2_plugin.engine.bitmap_plan import rotating
+from qcow2_plugin.engine.dirty_bitmaps.bitmap_plan import rotating
 from qcow2_plugin.format.transaction import Record
 from qcow2_plugin.operations.bitmap_health import bitmap_health
 from qcow2_plugin.operations.bitmaps import add_bitmap
@@ -162,7 +162,7 @@ def test_what_qemu_does_in_between_is_not_lost(stage: str, command: tuple[str, .
 
 KILLED = """
 import os, shutil, signal, sys
-from qcow2_plugin.engine.bitmap_plan import rotating
+from qcow2_plugin.engine.dirty_bitmaps.bitmap_plan import rotating
 from qcow2_plugin.operations.transaction import bitmap_transaction
 from qcow2_plugin.storage import directory
 from qcow2_plugin.storage.file import FileStorage

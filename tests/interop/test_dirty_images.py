@@ -15,7 +15,7 @@ from qcow2_plugin.engine.allocator import Allocator
 from qcow2_plugin.engine.header import read_header
 from qcow2_plugin.engine.image_file import ImageFile
 from qcow2_plugin.engine.metadata import read_metadata
-from qcow2_plugin.engine.rebuild import rebuild_refcounts
+from qcow2_plugin.engine.repairing.rebuild import rebuild_refcounts
 from qcow2_plugin.storage.opener import open_given
 from tests.support.fields import patch, set_field
 from tests.support.tools import ToolError, convert_to_raw, qemu_img, qemu_io

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import pytest
 from hypothesis import settings
 
-from qcow2_plugin.engine.repair import Mode
+from qcow2_plugin.engine.repairing.repair import Mode
 from qcow2_plugin.errors import CorruptImageError, Qcow2Error
 from qcow2_plugin.operations.check import check
 from qcow2_plugin.operations.repair_copy import repair_to

@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qcow2_plugin.engine.bitmaps import read_bitmaps
-from qcow2_plugin.engine.dirty import DirtyBitmap
+from qcow2_plugin.engine.dirty_bitmaps.bitmaps import read_bitmaps
+from qcow2_plugin.engine.dirty_bitmaps.dirty import DirtyBitmap
 from qcow2_plugin.engine.header import read_header
 from tests.support.depth import examples
 from tests.support.marked import BITS, COVERED, GRANULE, marked_image

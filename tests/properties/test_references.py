@@ -11,14 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qcow2_plugin.engine import reaching
 from qcow2_plugin.engine.allocator import Allocator
-from qcow2_plugin.engine.differing import differing_ranges
 from qcow2_plugin.engine.header import read_header
 from qcow2_plugin.engine.image_file import ImageFile, MetadataMap, Structure
+from qcow2_plugin.engine.internal_snapshots import reaching
+from qcow2_plugin.engine.internal_snapshots.differing import differing_ranges
+from qcow2_plugin.engine.internal_snapshots.reaching import references, table_batches
+from qcow2_plugin.engine.internal_snapshots.snapshots import read_snapshots
 from qcow2_plugin.engine.metadata import read_metadata
-from qcow2_plugin.engine.reaching import references, table_batches
-from qcow2_plugin.engine.snapshots import read_snapshots
 from qcow2_plugin.errors import CorruptImageError
 from qcow2_plugin.format.entries import COMPRESSED, OFFSET_MASK, compressed_location
 from qcow2_plugin.format.geometry import Geometry

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from qcow2_plugin.engine.check import read_header_for_check
-from qcow2_plugin.engine.findings import CheckResult
-from qcow2_plugin.engine.repair import Mode, repair_image
+from qcow2_plugin.engine.checking.check import read_header_for_check
+from qcow2_plugin.engine.checking.findings import CheckResult
+from qcow2_plugin.engine.repairing.repair import Mode, repair_image
 from tests.support.image_checker import Report, check_image
 from tests.support.recording import Log, RecordingStorage
 from tests.support.reference import CorruptError, ReferenceReader

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from qcow2_plugin.engine.bitmap_changes import BitmapChange, Verb, prepare_bitmaps, rotating
 from qcow2_plugin.engine.chain import open_alone
+from qcow2_plugin.engine.dirty_bitmaps.bitmap_changes import BitmapChange, Verb, prepare_bitmaps, rotating
 from qcow2_plugin.engine.standing_still import at_rest
 from qcow2_plugin.engine.writable import WritableImage
 from qcow2_plugin.errors import (

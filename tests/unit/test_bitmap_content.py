@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qcow2_plugin.engine.bitmap_content import Drawing
+from qcow2_plugin.engine.dirty_bitmaps.bitmap_content import Drawing
 from qcow2_plugin.format.bitmaps import table_entries_for
 from tests.support.depth import examples
 

@@ -11,8 +11,8 @@ import pytest
 
 from qcow2_plugin import create_image, open_image, resize
 from qcow2_plugin.adapters.cli import main
-from qcow2_plugin.engine.bitmaps import read_bitmaps
-from qcow2_plugin.engine.dirty import DirtyBitmap
+from qcow2_plugin.engine.dirty_bitmaps.bitmaps import read_bitmaps
+from qcow2_plugin.engine.dirty_bitmaps.dirty import DirtyBitmap
 from qcow2_plugin.engine.header import read_header
 from qcow2_plugin.errors import ImageLockedError, MissingReferenceError, OptionError
 from qcow2_plugin.operations.bitmap_health import BitmapHealth, BitmapState, bitmap_health

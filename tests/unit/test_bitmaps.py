@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from qcow2_plugin.engine import bitmaps as engine
+from qcow2_plugin.engine.dirty_bitmaps import bitmaps as engine
 from qcow2_plugin.engine.header import read_header
 from qcow2_plugin.errors import CorruptImageError, MissingReferenceError, TruncatedImageError
 from qcow2_plugin.format.bitmaps import (

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qcow2_plugin.engine import check_tables
-from qcow2_plugin.engine.check import check_image, read_header_for_check
-from qcow2_plugin.engine.findings import CheckResult, Finding, FindingClass, Findings, StoppedError
-from qcow2_plugin.engine.stored_refcounts import StoredRefcounts, unpack_narrow
+from qcow2_plugin.engine.checking import check_tables
+from qcow2_plugin.engine.checking.check import check_image, read_header_for_check
+from qcow2_plugin.engine.checking.findings import CheckResult, Finding, FindingClass, Findings, StoppedError
+from qcow2_plugin.engine.checking.stored_refcounts import StoredRefcounts, unpack_narrow
 from qcow2_plugin.errors import CorruptImageError, NotQcow2Error, UnsupportedFeatureError
 from qcow2_plugin.format.refcounts import unpack_block
 from qcow2_plugin.storage import Storage

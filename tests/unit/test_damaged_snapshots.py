@@ -6,8 +6,8 @@ import struct
 
 import pytest
 
-from qcow2_plugin.engine.check import read_header_for_check
-from qcow2_plugin.engine.damaged_snapshots import SnapshotTable, read_snapshot_table, snapshots_as_repaired
+from qcow2_plugin.engine.checking.check import read_header_for_check
+from qcow2_plugin.engine.checking.damaged_snapshots import SnapshotTable, read_snapshot_table, snapshots_as_repaired
 from qcow2_plugin.errors import CorruptImageError
 from tests.support.headers import header_bytes
 from tests.support.memory import MemoryStorage

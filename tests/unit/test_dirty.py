@@ -6,8 +6,8 @@ from itertools import islice
 
 import pytest
 
-from qcow2_plugin.engine.bitmaps import read_bitmaps
-from qcow2_plugin.engine.dirty import DirtyBitmap
+from qcow2_plugin.engine.dirty_bitmaps.bitmaps import read_bitmaps
+from qcow2_plugin.engine.dirty_bitmaps.dirty import DirtyBitmap
 from qcow2_plugin.engine.header import read_header
 from qcow2_plugin.errors import CorruptImageError, TruncatedImageError
 from tests.support.marked import BITS, COVERED, marked_image

@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qcow2_plugin.engine import references as references_module
-from qcow2_plugin.engine import repair_refcounts
 from qcow2_plugin.engine.allocator import Allocator
+from qcow2_plugin.engine.checking import references as references_module
 from qcow2_plugin.engine.header import read_header
 from qcow2_plugin.engine.image_file import ImageFile
 from qcow2_plugin.engine.metadata import read_metadata
-from qcow2_plugin.engine.rebuild import count_references, rebuild_refcounts
+from qcow2_plugin.engine.repairing import repair_refcounts
+from qcow2_plugin.engine.repairing.rebuild import count_references, rebuild_refcounts
 from qcow2_plugin.errors import CorruptImageError, TruncatedImageError, UnsupportedFeatureError
 from qcow2_plugin.storage import Buffer
 from tests.support.builder import BuiltImage, ImageBuilder, shared_l2_bomb

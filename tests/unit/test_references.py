@@ -8,9 +8,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from qcow2_plugin.engine import table_references
-from qcow2_plugin.engine.references import Range, References, covered
-from qcow2_plugin.engine.table_references import TableReferences
+from qcow2_plugin.engine.checking import table_references
+from qcow2_plugin.engine.checking.references import Range, References, covered
+from qcow2_plugin.engine.checking.table_references import TableReferences
 
 
 def clusters(*numbers: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from qcow2_plugin import open_image
-from qcow2_plugin.engine.check import read_header_for_check
-from qcow2_plugin.engine.damaged_map import read_damaged_map
+from qcow2_plugin.engine.checking.check import read_header_for_check
 from qcow2_plugin.engine.image_file import Structure
+from qcow2_plugin.engine.repairing.damaged_map import read_damaged_map
 from qcow2_plugin.errors import CorruptImageError, ImageLockedError, ReadOnlyImageError
 from qcow2_plugin.format import geometry
 from qcow2_plugin.operations.check import check

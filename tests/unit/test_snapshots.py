@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from qcow2_plugin.engine import snapshots as engine
+from qcow2_plugin.engine.internal_snapshots import snapshots as engine
 from qcow2_plugin.errors import CorruptImageError, MissingReferenceError, TruncatedImageError
 from qcow2_plugin.format.header import Header
 from qcow2_plugin.format.snapshots import MIN_ENTRY_SIZE, Snapshot, find, pack_table, parse_entries

@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qcow2_plugin.engine import recounting, snapshot_sizes, snapshotting
-from qcow2_plugin.engine.bitmap_changes import change_bitmaps
-from qcow2_plugin.engine.bitmap_plan import BitmapChange, BitmapVerb
+from qcow2_plugin.engine.dirty_bitmaps.bitmap_changes import change_bitmaps
+from qcow2_plugin.engine.dirty_bitmaps.bitmap_plan import BitmapChange, BitmapVerb
 from qcow2_plugin.engine.header import read_header
-from qcow2_plugin.engine.recounting import Recount
-from qcow2_plugin.engine.snapshots import read_snapshots
-from qcow2_plugin.engine.snapshotting import apply_snapshot, create_snapshot, delete_snapshot
+from qcow2_plugin.engine.internal_snapshots import recounting, snapshot_sizes, snapshotting
+from qcow2_plugin.engine.internal_snapshots.recounting import Recount
+from qcow2_plugin.engine.internal_snapshots.snapshots import read_snapshots
+from qcow2_plugin.engine.internal_snapshots.snapshotting import apply_snapshot, create_snapshot, delete_snapshot
 from qcow2_plugin.errors import (
     CorruptImageError,
     FailedImageError,

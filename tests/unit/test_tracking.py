@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 from qcow2_plugin.engine.allocator import Allocator
-from qcow2_plugin.engine.bitmaps import read_bitmaps
+from qcow2_plugin.engine.dirty_bitmaps.bitmaps import read_bitmaps
+from qcow2_plugin.engine.dirty_bitmaps.tracking import BitmapTracker
 from qcow2_plugin.engine.header import read_header
 from qcow2_plugin.engine.image_file import ImageFile
 from qcow2_plugin.engine.metadata import read_metadata
-from qcow2_plugin.engine.tracking import BitmapTracker
 from qcow2_plugin.engine.writeback import write_refcounts
 from qcow2_plugin.errors import ResizeError, TruncatedImageError
 from qcow2_plugin.storage import Buffer

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from qcow2_plugin import Policy, check, create_image, info, open_image, vet
-from qcow2_plugin.engine import unfinished
-from qcow2_plugin.engine.bitmap_plan import BitmapChange, Verb, rotating
+from qcow2_plugin.engine.dirty_bitmaps import unfinished
+from qcow2_plugin.engine.dirty_bitmaps.bitmap_plan import BitmapChange, Verb, rotating
 from qcow2_plugin.engine.header import read_header
 from qcow2_plugin.errors import (
     BitmapError,

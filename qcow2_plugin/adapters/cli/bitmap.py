@@ -14,7 +14,7 @@ from qcow2_plugin.adapters.cli import text
 from qcow2_plugin.errors import printable
 
 if TYPE_CHECKING:
-    from qcow2_plugin.engine.bitmap_plan import BitmapChange
+    from qcow2_plugin.engine.dirty_bitmaps.bitmap_plan import BitmapChange
     from qcow2_plugin.operations.bitmap_health import BitmapHealth
 
 _NEEDS_FULL = 3
@@ -155,7 +155,7 @@ def _require_sense(parser: argparse.ArgumentParser, arguments: argparse.Namespac
 def _change_of(verb: str, source: str | None, arguments: argparse.Namespace) -> BitmapChange:
     import os
 
-    from qcow2_plugin.engine.bitmap_plan import BitmapChange, Verb
+    from qcow2_plugin.engine.dirty_bitmaps.bitmap_plan import BitmapChange, Verb
     from qcow2_plugin.format.names import to_bytes
     from qcow2_plugin.operations.bitmaps import content_of
     from qcow2_plugin.storage.opener import Policy
@@ -297,7 +297,7 @@ def _declare_rotate(parser: argparse.ArgumentParser) -> None:
 def _rotate(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
     if arguments.data_file is not None and len(arguments.files) > 1:
         parser.error("--data-file is for one FILE only")
-    from qcow2_plugin.engine.bitmap_plan import rotating
+    from qcow2_plugin.engine.dirty_bitmaps.bitmap_plan import rotating
     from qcow2_plugin.format.names import to_bytes
     from qcow2_plugin.operations.transaction import bitmap_transaction
     from qcow2_plugin.storage.opener import Policy

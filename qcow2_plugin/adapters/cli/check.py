@@ -16,7 +16,7 @@ from qcow2_plugin.adapters.cli import text
 from qcow2_plugin.errors import printable
 
 if TYPE_CHECKING:
-    from qcow2_plugin.engine.findings import CheckResult, Finding
+    from qcow2_plugin.engine.checking.findings import CheckResult, Finding
 
 _NOT_COMPLETED = 1
 _DESCRIPTION = """\

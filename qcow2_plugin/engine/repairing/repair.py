@@ -28,12 +28,12 @@ from dataclasses import replace
 from typing import Literal
 
 from qcow2_plugin.engine.allocator import Allocator
-from qcow2_plugin.engine.check import check_image
-from qcow2_plugin.engine.damaged_map import read_damaged_map
-from qcow2_plugin.engine.damaged_snapshots import snapshots_as_repaired
-from qcow2_plugin.engine.findings import DEFAULT_MAX_FINDINGS, TOO_MANY_REFERENCES, CheckResult, Progress
+from qcow2_plugin.engine.checking.check import check_image
+from qcow2_plugin.engine.checking.damaged_snapshots import snapshots_as_repaired
+from qcow2_plugin.engine.checking.findings import DEFAULT_MAX_FINDINGS, TOO_MANY_REFERENCES, CheckResult, Progress
 from qcow2_plugin.engine.image_file import Clusters, ImageFile
-from qcow2_plugin.engine.repair_entries import (
+from qcow2_plugin.engine.repairing.damaged_map import read_damaged_map
+from qcow2_plugin.engine.repairing.repair_entries import (
     Mask,
     clear_l1_reserved,
     clear_l2_reserved,
@@ -44,8 +44,8 @@ from qcow2_plugin.engine.repair_entries import (
     put_where_the_guest_is,
     zero_unaligned,
 )
-from qcow2_plugin.engine.repair_extra import cover_raw_disk, distrust_bitmaps, part_aliases
-from qcow2_plugin.engine.repair_refcounts import (
+from qcow2_plugin.engine.repairing.repair_extra import cover_raw_disk, distrust_bitmaps, part_aliases
+from qcow2_plugin.engine.repairing.repair_refcounts import (
     References,
     are_usable,
     is_table_usable,
@@ -53,7 +53,7 @@ from qcow2_plugin.engine.repair_refcounts import (
     raise_refcounts,
     rebuild_structures,
 )
-from qcow2_plugin.engine.repair_snapshots import DROPPING_KINDS, SNAPSHOT_KINDS, write_snapshots
+from qcow2_plugin.engine.repairing.repair_snapshots import DROPPING_KINDS, SNAPSHOT_KINDS, write_snapshots
 from qcow2_plugin.errors import CorruptImageError
 from qcow2_plugin.format.header import (
     AUTOCLEAR_BITMAPS,

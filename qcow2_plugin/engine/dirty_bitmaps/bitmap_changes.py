@@ -43,11 +43,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qcow2_plugin.engine.allocator import Run
-from qcow2_plugin.engine.bitmap_content import Drawing, read_content
-from qcow2_plugin.engine.bitmap_plan import BitmapChange, Plan, Planned, Verb, rotating
+from qcow2_plugin.engine.dirty_bitmaps.bitmap_content import Drawing, read_content
+from qcow2_plugin.engine.dirty_bitmaps.bitmap_plan import BitmapChange, Plan, Planned, Verb, rotating
+from qcow2_plugin.engine.dirty_bitmaps.tracking import Kept
 from qcow2_plugin.engine.image_file import Clusters, Structure
 from qcow2_plugin.engine.standing_still import at_rest
-from qcow2_plugin.engine.tracking import Kept
 from qcow2_plugin.engine.writeback import write_refcounts_now
 from qcow2_plugin.format.bitmaps import FLAG_IN_USE, Bitmap, entry_offsets, pack_directory
 from qcow2_plugin.format.header import AUTOCLEAR_BITMAPS, EXTENSION_BITMAPS, BitmapsPointer

@@ -20,8 +20,7 @@ import numpy.typing as npt
 
 from qcow2_plugin.engine.allocator import Allocator
 from qcow2_plugin.engine.image_file import Clusters, ImageFile, Structure
-from qcow2_plugin.engine.metadata import l2_tables
-from qcow2_plugin.engine.reaching import (
+from qcow2_plugin.engine.internal_snapshots.reaching import (
     References,
     TableBatch,
     entries_of,
@@ -29,6 +28,7 @@ from qcow2_plugin.engine.reaching import (
     standard_clusters,
     table_batches,
 )
+from qcow2_plugin.engine.metadata import l2_tables
 from qcow2_plugin.engine.writeback import write_refcounts, write_refcounts_now
 from qcow2_plugin.errors import Qcow2Error, SnapshotError, UnsupportedFeatureError
 from qcow2_plugin.format.entries import COMPRESSED, COPIED, OFFSET_MASK

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from qcow2_plugin.engine.findings import Finding, FindingClass
-from qcow2_plugin.engine.inspection import Inspection
-from qcow2_plugin.engine.references import Clusters, Counts
+from qcow2_plugin.engine.checking.findings import Finding, FindingClass
+from qcow2_plugin.engine.checking.inspection import Inspection
+from qcow2_plugin.engine.checking.references import Clusters, Counts
 
 _REPAIRS = {
     "refcount-leak": (FindingClass.LEAK, "lower the refcount, which frees the space"),

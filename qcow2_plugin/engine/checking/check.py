@@ -29,11 +29,11 @@ from dataclasses import replace
 
 import numpy as np
 
-from qcow2_plugin.engine.check_data_file import check_data_file
-from qcow2_plugin.engine.check_refcounts import compare_refcounts
-from qcow2_plugin.engine.check_structures import check_structures, count_refcount_blocks
-from qcow2_plugin.engine.check_tables import Fragmentation, TableCheck
-from qcow2_plugin.engine.findings import (
+from qcow2_plugin.engine.checking.check_data_file import check_data_file
+from qcow2_plugin.engine.checking.check_refcounts import compare_refcounts
+from qcow2_plugin.engine.checking.check_structures import check_structures, count_refcount_blocks
+from qcow2_plugin.engine.checking.check_tables import Fragmentation, TableCheck
+from qcow2_plugin.engine.checking.findings import (
     DEFAULT_MAX_FINDINGS,
     TOO_MANY_REFERENCES,
     CheckResult,
@@ -43,9 +43,9 @@ from qcow2_plugin.engine.findings import (
     Progress,
     StoppedError,
 )
-from qcow2_plugin.engine.inspection import AbortedError, Inspection
-from qcow2_plugin.engine.references import Clusters
-from qcow2_plugin.engine.table_references import TableReferences, Tables
+from qcow2_plugin.engine.checking.inspection import AbortedError, Inspection
+from qcow2_plugin.engine.checking.references import Clusters
+from qcow2_plugin.engine.checking.table_references import TableReferences, Tables
 from qcow2_plugin.errors import CorruptImageError, about_file
 from qcow2_plugin.format.header import Header, header_cluster_size
 from qcow2_plugin.storage import Storage

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from itertools import islice
 
-from qcow2_plugin.engine.dirty import DirtyBitmap
+from qcow2_plugin.engine.dirty_bitmaps.dirty import DirtyBitmap
 from qcow2_plugin.engine.image import Image, Layer
 from qcow2_plugin.engine.requests import Requests
 from qcow2_plugin.extent import Extent

@@ -15,11 +15,11 @@ from typing import NamedTuple, NoReturn
 import numpy as np
 import numpy.typing as npt
 
-from qcow2_plugin.engine.damaged_snapshots import SnapshotTable, TableFault, read_snapshot_table, too_many
-from qcow2_plugin.engine.findings import Finding, FindingClass
-from qcow2_plugin.engine.inspection import CLEAR_BITS, Inspection, beyond_end
-from qcow2_plugin.engine.references import Range, covered
-from qcow2_plugin.engine.table_references import TableReferences
+from qcow2_plugin.engine.checking.damaged_snapshots import SnapshotTable, TableFault, read_snapshot_table, too_many
+from qcow2_plugin.engine.checking.findings import Finding, FindingClass
+from qcow2_plugin.engine.checking.inspection import CLEAR_BITS, Inspection, beyond_end
+from qcow2_plugin.engine.checking.references import Range, covered
+from qcow2_plugin.engine.checking.table_references import TableReferences
 from qcow2_plugin.errors import CorruptImageError, Qcow2Error, printable
 from qcow2_plugin.format import bitmaps as format_bitmaps
 from qcow2_plugin.format import bits, geometry

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-from qcow2_plugin.engine.references import Clusters, Counts, count_type
+from qcow2_plugin.engine.checking.references import Clusters, Counts, count_type
 from qcow2_plugin.format.header import Header
 from qcow2_plugin.format.refcounts import REFCOUNT_TABLE_OFFSET_MASK
 from qcow2_plugin.storage import Storage

@@ -16,11 +16,11 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from qcow2_plugin.engine.checking.stored_refcounts import StoredRefcounts
 from qcow2_plugin.engine.image_file import Clusters
+from qcow2_plugin.engine.internal_snapshots.reaching import References, references, table_batches
+from qcow2_plugin.engine.internal_snapshots.snapshots import check_l1_table
 from qcow2_plugin.engine.metadata import l2_tables
-from qcow2_plugin.engine.reaching import References, references, table_batches
-from qcow2_plugin.engine.snapshots import check_l1_table
-from qcow2_plugin.engine.stored_refcounts import StoredRefcounts
 from qcow2_plugin.errors import CorruptImageError
 from qcow2_plugin.format.header import Header
 from qcow2_plugin.format.refcounts import by_block

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from qcow2_plugin.engine.findings import Finding, FindingClass
-from qcow2_plugin.engine.inspection import Inspection
+from qcow2_plugin.engine.checking.findings import Finding, FindingClass
+from qcow2_plugin.engine.checking.inspection import Inspection
 from qcow2_plugin.engine.tables import entry_rules
 from qcow2_plugin.format.entries import OFFSET_MASK, ClusterKind, classify_table
 from qcow2_plugin.storage import Storage

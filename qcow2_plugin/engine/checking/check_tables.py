@@ -17,9 +17,9 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import numpy.typing as npt
 
-from qcow2_plugin.engine.findings import Finding, FindingClass
-from qcow2_plugin.engine.inspection import CLEAR_BITS, Inspection, beyond_end
-from qcow2_plugin.engine.table_references import Tables
+from qcow2_plugin.engine.checking.findings import Finding, FindingClass
+from qcow2_plugin.engine.checking.inspection import CLEAR_BITS, Inspection, beyond_end
+from qcow2_plugin.engine.checking.table_references import Tables
 from qcow2_plugin.format.entries import ALL_SUBCLUSTERS, COMPRESSED, COPIED, OFFSET_MASK, ZERO, Entries
 from qcow2_plugin.format.geometry import SECTOR_SIZE, SUBCLUSTERS
 

@@ -11,9 +11,16 @@ from __future__ import annotations
 import numpy as np
 
 from qcow2_plugin.engine.allocator import Allocator
-from qcow2_plugin.engine.bitmaps import read_bitmaps
+from qcow2_plugin.engine.dirty_bitmaps.bitmaps import read_bitmaps
 from qcow2_plugin.engine.image_file import ImageFile, Structure
-from qcow2_plugin.engine.repair_entries import Mask, Table, each_l2_table, fix_active_l2_tables, read_l2_table, table_of
+from qcow2_plugin.engine.repairing.repair_entries import (
+    Mask,
+    Table,
+    each_l2_table,
+    fix_active_l2_tables,
+    read_l2_table,
+    table_of,
+)
 from qcow2_plugin.engine.writeback import write_refcounts_now
 from qcow2_plugin.format.bitmaps import FLAG_IN_USE, FLAGS_AT, entry_offsets
 from qcow2_plugin.format.entries import ALL_SUBCLUSTERS, COMPRESSED, COPIED, OFFSET_MASK, ZERO

@@ -17,9 +17,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from qcow2_plugin.engine.bitmap_content import BitmapContent, Drawing, require_usable
-from qcow2_plugin.engine.bitmaps import find
-from qcow2_plugin.engine.tracking import BitmapTracker, Kept, Piece
+from qcow2_plugin.engine.dirty_bitmaps.bitmap_content import BitmapContent, Drawing, require_usable
+from qcow2_plugin.engine.dirty_bitmaps.bitmaps import find
+from qcow2_plugin.engine.dirty_bitmaps.tracking import BitmapTracker, Kept, Piece
 from qcow2_plugin.errors import BitmapError, printable
 from qcow2_plugin.format.bitmaps import FLAG_AUTO, TYPE_DIRTY_TRACKING, Bitmap, pack_directory, table_entries_for
 from qcow2_plugin.format.geometry import (

@@ -14,10 +14,10 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from qcow2_plugin.engine.bitmaps import read_bitmaps
+from qcow2_plugin.engine.checking.references import merged
+from qcow2_plugin.engine.dirty_bitmaps.bitmaps import read_bitmaps
 from qcow2_plugin.engine.image_file import Clusters, MetadataMap, Structure
 from qcow2_plugin.engine.metadata import Words
-from qcow2_plugin.engine.references import merged
 from qcow2_plugin.errors import CorruptImageError, UnsupportedFeatureError
 from qcow2_plugin.format import bits
 from qcow2_plugin.format.entries import OFFSET_MASK

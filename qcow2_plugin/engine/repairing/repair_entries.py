@@ -15,8 +15,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from qcow2_plugin.engine.damaged_map import snapshot_l1_ranges
 from qcow2_plugin.engine.image_file import Clusters, ImageFile, Structure
+from qcow2_plugin.engine.repairing.damaged_map import snapshot_l1_ranges
 from qcow2_plugin.format.entries import ALL_SUBCLUSTERS, COMPRESSED, COPIED, OFFSET_MASK, ZERO, Entries
 from qcow2_plugin.format.header import Header
 from qcow2_plugin.format.snapshots import Snapshot

@@ -14,9 +14,9 @@ from typing import Any, NoReturn
 import numpy as np
 import numpy.typing as npt
 
-from qcow2_plugin.engine.findings import TOO_MANY_REFERENCES, Finding, FindingClass, Findings
-from qcow2_plugin.engine.references import Clusters, Excess, References
-from qcow2_plugin.engine.stored_refcounts import MAX_FILE_SIZE, StoredRefcounts
+from qcow2_plugin.engine.checking.findings import TOO_MANY_REFERENCES, Finding, FindingClass, Findings
+from qcow2_plugin.engine.checking.references import Clusters, Excess, References
+from qcow2_plugin.engine.checking.stored_refcounts import MAX_FILE_SIZE, StoredRefcounts
 from qcow2_plugin.format.header import Header
 from qcow2_plugin.storage import Storage
 

@@ -56,13 +56,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qcow2_plugin.engine.bitmaps import read_bitmaps
-from qcow2_plugin.engine.differing import differing_ranges
+from qcow2_plugin.engine.dirty_bitmaps.bitmaps import read_bitmaps
 from qcow2_plugin.engine.header import read_structure
 from qcow2_plugin.engine.image_file import Clusters, Structure
+from qcow2_plugin.engine.internal_snapshots.differing import differing_ranges
+from qcow2_plugin.engine.internal_snapshots.recounting import Recount
+from qcow2_plugin.engine.internal_snapshots.snapshots import check_l1_table, find, read_snapshots
 from qcow2_plugin.engine.metadata import l2_tables
-from qcow2_plugin.engine.recounting import Recount
-from qcow2_plugin.engine.snapshots import check_l1_table, find, read_snapshots
 from qcow2_plugin.engine.standing_still import at_rest, standing_still
 from qcow2_plugin.engine.writeback import write_refcounts_now
 from qcow2_plugin.errors import Qcow2Error, SnapshotError, UnsupportedFeatureError, printable

@@ -17,12 +17,12 @@ Source: docs/interop/qcow2.rst, "Header" (the dirty bit), "Host cluster manageme
 from __future__ import annotations
 
 from qcow2_plugin.engine.allocator import Allocator
-from qcow2_plugin.engine.check import check_image
-from qcow2_plugin.engine.findings import TOO_MANY_REFERENCES, CheckResult
+from qcow2_plugin.engine.checking.check import check_image
+from qcow2_plugin.engine.checking.findings import TOO_MANY_REFERENCES, CheckResult
+from qcow2_plugin.engine.checking.inspection import BEYOND_END
 from qcow2_plugin.engine.image_file import Clusters, ImageFile
-from qcow2_plugin.engine.inspection import BEYOND_END
-from qcow2_plugin.engine.repair_entries import Mask, correct_flags
-from qcow2_plugin.engine.repair_refcounts import References, set_refcounts
+from qcow2_plugin.engine.repairing.repair_entries import Mask, correct_flags
+from qcow2_plugin.engine.repairing.repair_refcounts import References, set_refcounts
 from qcow2_plugin.errors import CorruptImageError, TruncatedImageError
 from qcow2_plugin.format.header import INCOMPATIBLE_DIRTY, Header
 from qcow2_plugin.storage import Storage

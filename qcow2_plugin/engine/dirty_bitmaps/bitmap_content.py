@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 import numpy.typing as npt
 
-from qcow2_plugin.engine import bitmaps
+from qcow2_plugin.engine.dirty_bitmaps import bitmaps
+from qcow2_plugin.engine.dirty_bitmaps.tracking import Piece
 from qcow2_plugin.engine.header import read_structure
 from qcow2_plugin.engine.image import Image
-from qcow2_plugin.engine.tracking import Piece
 from qcow2_plugin.errors import BitmapError, about_file, printable
 from qcow2_plugin.format import bits
 from qcow2_plugin.format.bitmaps import Bitmap

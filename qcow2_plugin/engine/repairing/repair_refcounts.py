@@ -24,8 +24,8 @@ import numpy as np
 import numpy.typing as npt
 
 from qcow2_plugin.engine.allocator import Allocator
+from qcow2_plugin.engine.checking.stored_refcounts import StoredRefcounts
 from qcow2_plugin.engine.image_file import ImageFile, Structure
-from qcow2_plugin.engine.stored_refcounts import StoredRefcounts
 from qcow2_plugin.engine.writeback import write_refcounts_now
 from qcow2_plugin.errors import CorruptImageError
 from qcow2_plugin.format.geometry import MAX_REFCOUNT_TABLE_SIZE

@@ -1,0 +1,1 @@
+"""Persistent dirty bitmaps: reading them, keeping them true, changing them."""

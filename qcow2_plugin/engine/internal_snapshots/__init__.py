@@ -1,0 +1,1 @@
+"""Internal snapshots: reading, making, applying and deleting them, and what they keep."""

@@ -1,0 +1,1 @@
+"""Putting an image file right: what a check found, and refcounts that lazy writers left behind."""
