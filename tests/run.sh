@@ -29,7 +29,15 @@ step() {
 step lint "$python" -m ruff check .
 step layout "$python" -m ruff format --check .
 step types "$python" -m mypy
-step tests "$python" -m pytest
+
+printf '\n== tests (those of crashes beside all others, and told of in the end)\n'
+log=$(mktemp)
+"$python" -m pytest tests/crash >"$log" 2>&1 &
+crashes=$!
+trap 'kill "$crashes" 2>/dev/null; rm -f "$log"' EXIT
+"$python" -m pytest --ignore=tests/crash || failed+=(tests)
+wait "$crashes" || failed+=('tests of crashes')
+cat "$log"
 
 if ((${#failed[@]})); then
     printf '\nfailed: %s\n' "${failed[*]}" >&2

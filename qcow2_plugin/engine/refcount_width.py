@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from qcow2_plugin.engine.distinct import distinct
 from qcow2_plugin.engine.image_file import Clusters, Structure
 from qcow2_plugin.errors import AmendError
 from qcow2_plugin.format.entries import OFFSET_MASK
@@ -130,7 +131,7 @@ def _used_slots(allocator: Allocator, per_block: int) -> Clusters:
         for start in range(0, len(refcounts), _AT_ONCE):
             used = np.flatnonzero(refcounts[start : start + _AT_ONCE])
             found.append(np.unique((first + start + used) // per_block))
-    return np.unique(np.concatenate(found))
+    return distinct(*found)
 
 
 def _write(image: WritableImage, plan: _Plan, order: int, progress: Progress | None) -> None:

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qcow2_plugin.engine.allocator import Allocator
+from qcow2_plugin.engine.distinct import distinct
 from qcow2_plugin.engine.image_file import Clusters, ImageFile, Structure
 from qcow2_plugin.engine.internal_snapshots.reaching import (
     References,
@@ -138,7 +139,7 @@ class Recount:
             self._allocator.put_back(writes)
             raise
         header = self._file.header
-        own = np.unique(l2_tables(self._file.storage, header, header.l1_table_offset, header.l1_size))
+        own = distinct(l2_tables(self._file.storage, header, header.l1_table_offset, header.l1_size))
         own = np.setdiff1d(own[self._allocator.refcounts_of(own) == 1], self._file.metadata.kept, assume_unique=True)
         for batch in table_batches(self._file.storage, own, self._geometry):
             self._restore_in(batch)

@@ -57,6 +57,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from qcow2_plugin.engine.dirty_bitmaps.bitmaps import read_bitmaps
+from qcow2_plugin.engine.distinct import distinct
 from qcow2_plugin.engine.header import read_structure
 from qcow2_plugin.engine.image_file import Clusters, Structure
 from qcow2_plugin.engine.internal_snapshots.differing import differing_ranges
@@ -109,7 +110,7 @@ def create_snapshot(image: WritableImage, name: bytes, date_nanoseconds: int) ->
             image.file.update_header(snapshot_count=len(known) + 1, snapshots_offset=table_place)
         with _as_a_whole(image):
             image.file.barrier()
-            image.file.metadata.keep(np.union1d(image.file.metadata.kept, tables))
+            image.file.metadata.keep(distinct(image.file.metadata.kept, tables))
         _retire_run(image, header.snapshots_offset, len(pack_table(known)))
         return snapshot
 
@@ -326,7 +327,7 @@ def _tables_of(image: WritableImage, snapshots: Sequence[Snapshot]) -> Clusters:
     """The L2 tables that any of these names, each once."""
     found = np.zeros(0, dtype=np.int64)
     for each in snapshots:
-        found = np.union1d(found, _l2_tables(image, each.l1_table_offset, each.l1_size))
+        found = distinct(found, _l2_tables(image, each.l1_table_offset, each.l1_size))
     return found
 
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from qcow2_plugin.engine.checking.references import merged
 from qcow2_plugin.engine.dirty_bitmaps.bitmaps import read_bitmaps
+from qcow2_plugin.engine.distinct import distinct
 from qcow2_plugin.engine.image_file import Clusters, MetadataMap, Structure
 from qcow2_plugin.engine.metadata import Words
 from qcow2_plugin.errors import CorruptImageError, UnsupportedFeatureError
@@ -85,7 +86,7 @@ class _Gathered:
     def _merge(self) -> None:
         for structure, pieces in self._new.items():
             if pieces:
-                self._known[structure] = np.unique(np.concatenate((self._known[structure], *pieces)))
+                self._known[structure] = distinct(self._known[structure], *pieces)
                 pieces.clear()
         self._new_count = 0
         if sum(map(len, self._known.values())) > _MAX_CLUSTERS:
