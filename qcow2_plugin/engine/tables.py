@@ -2,7 +2,8 @@
 
 **Slices.** An L2 table can be 2 MiB, so it is read and kept in slices of up to 4 KiB; a slice has a key, the guest
 offset shifted right by `slice_bits`. The L1 table, up to 32 MiB, is never held: its one entry is read when a slice is
-missing.
+missing. If the tables of the whole disk can be kept, the slices around are read along with it, so that a table is
+looked at once and not a dozen times.
 
 **Two generations.** Every slice enters the young generation. When the young one has taken half of the budget, it
 becomes the old one and the previous old one is forgotten; a slice that `slice_at` finds among the old is young again.
@@ -46,6 +47,8 @@ from qcow2_plugin.storage import Storage
 RUN_MASK = 0x1FF
 """The low bits of a lane word: clusters in line from this one on, 0 if a read must not go straight to disk."""
 _SLICE_SIZE = 4096
+_GROUP_SIZE = 65536
+"""Bytes of an L2 table that are read together at most."""
 _SLICE_OVERHEAD = 1200
 """Bytes of Python objects around the arrays of one slice."""
 _MISSING_OVERHEAD = 120
@@ -117,11 +120,15 @@ class Tables:
         self._young_size = 0
         self._generation_size = cache_size // 2
         self._slice_cost = slice_size + 8 * self.slice_entries + _SLICE_OVERHEAD
-        clusters = np.arange(self.slice_entries, dtype=np.int64)
+        slice_count = -(-source.virtual_size >> self.slice_bits)
+        can_keep_all = slice_count * self._slice_cost <= cache_size
+        self._group = min(_GROUP_SIZE, geometry.cluster_size) // slice_size if can_keep_all else 1
+        """Slices that are read together."""
+        clusters = np.arange(self._group * self.slice_entries, dtype=np.int64)
+        self._left = np.minimum(self.slice_entries - clusters % self.slice_entries, RUN_MASK)
+        """For each cluster of a group the count of clusters to the end of its slice."""
         self._steps = (clusters << geometry.cluster_bits).astype(np.uint64)
-        """How far the clusters of a slice are from the first if they are in line, and what their lane is then if the
-        first is at host offset 0."""
-        self._lane_in_line = clusters << geometry.cluster_bits | np.minimum(self.slice_entries - clusters, RUN_MASK)
+        """How far the clusters of a group are from the first if they are in line."""
         words_per_entry = geometry.l2_entry_size // 8
         self._missing = Slice(
             np.zeros(self.slice_entries * words_per_entry, dtype=np.uint64).data,
@@ -195,22 +202,43 @@ class Tables:
         table_offset = self.l2_table_offset(int(self.read_l1(l1_index, 1)[0]), l1_index)
         if not table_offset:
             return self._missing
-        first_entry = key * self.slice_entries % geometry.l2_entries
-        words = self.read_l2(table_offset, first_entry, self.slice_entries)
-        return Slice(
-            words.data,
-            self._lane_of(words, key * self.slice_entries).data,
-            table_offset + first_entry * geometry.l2_entry_size,
-        )
+        base = key & -self._group
+        first_entry = base * self.slice_entries % geometry.l2_entries
+        words = self.read_l2(table_offset, first_entry, self._group * self.slice_entries)
+        slices = self._sliced(words, base, table_offset + first_entry * geometry.l2_entry_size)
+        for other, kept in enumerate(slices, base):
+            if other != key and not self._knows(other):
+                self._keep(other, kept)
+        return slices[key - base]
+
+    def _sliced(self, words: Entries, base: int, host_offset: int) -> list[Slice]:
+        """The slices of a group that begins with the key `base`."""
+        count, step = self.slice_entries, len(words) // self._group
+        lane = self._lane_of(words, base * count)
+        return [
+            Slice(
+                words[index * step : (index + 1) * step].data,
+                lane[index * count : (index + 1) * count].data,
+                host_offset + 8 * index * step,
+            )
+            for index in range(self._group)
+        ]
+
+    def _knows(self, key: int) -> bool:
+        """True if this slice need not be read."""
+        return key in self._young or key in self._old
 
     def _lane_of(self, words: Entries, first_cluster: int) -> npt.NDArray[np.int64]:
-        """The lane of a slice whose first entry maps this guest cluster."""
+        """The lane of the slices of a group whose first entry maps this guest cluster; no run leaves its slice."""
         source = self.source
         geometry = source.rules.geometry
         if not words.any():
-            return np.zeros(self.slice_entries, dtype=np.int64)
+            return np.zeros(len(self._left), dtype=np.int64)
         if self._are_in_line(words, first_cluster):
-            return self._lane_in_line + np.int64(int(words[0]) & OFFSET_MASK)
+            lane = self._steps.astype(np.int64)
+            lane += int(words[0]) & OFFSET_MASK
+            lane |= self._left
+            return lane
         entries = words[::2] if geometry.extended_l2 else words
         cluster_count = len(entries)
         host_offsets = (entries & np.uint64(OFFSET_MASK)).astype(np.int64)
@@ -226,15 +254,18 @@ class Tables:
         else:
             direct &= (host_offsets != 0) & (host_offsets <= source.storage.size() - geometry.cluster_size)
         direct[max((source.virtual_size >> geometry.cluster_bits) - first_cluster, 0) :] = False
-        return lane_words(direct, host_offsets, geometry.cluster_size)
+        lane = lane_words(direct, host_offsets, geometry.cluster_size)
+        counts = lane & RUN_MASK
+        lane += np.minimum(counts, self._left) - counts
+        return lane
 
     def _are_in_line(self, words: Entries, first_cluster: int) -> bool:
-        """True if the clusters of a slice, the first of which is this one of the guest, all belong into the lane and
+        """True if the clusters of a group, the first of which is this one of the guest, all belong into the lane and
         follow each other on disk. So it is in most images that were made or filled in one go."""
         source = self.source
         geometry = source.rules.geometry
         first, last = int(words[0]), int(words[-1])
-        host_offset, length = first & OFFSET_MASK, self.slice_entries << geometry.cluster_bits
+        host_offset, length = first & OFFSET_MASK, len(words) << geometry.cluster_bits
         if geometry.extended_l2 or last - first != length - geometry.cluster_size:
             return False
         if first != host_offset | COPIED or host_offset & geometry.cluster_size - 1:

@@ -132,6 +132,9 @@ class WrittenTables(Tables):
         if kept.write_lane is not None and kept.lane_version == self._lane_version:
             self.write_lane[key] = kept.write_lane
 
+    def _knows(self, key: int) -> bool:
+        return key in self._changed or key in self._being_written or super()._knows(key)
+
     def forget(self) -> None:
         """Drop everything that is kept and not changed."""
         super().forget()
@@ -160,11 +163,23 @@ class WrittenTables(Tables):
     def slice_for_writing(self, key: int) -> Slice:
         """The slice with this key and its write lane."""
         found = self.slice_at(key)
-        if found is not self._missing and (found.write_lane is None or found.lane_version != self._lane_version):
-            found.write_lane = self._write_lane_of(key, found)
-            found.lane_version = self._lane_version
-            self.write_lane[key] = found.write_lane
+        if found is self._missing or self._has_write_lane(found):
+            return found
+        self._make_write_lane(key, found)
+        if self.source.rules.has_data_file:  # it takes no look at refcounts
+            base = key & -self._group
+            for other in range(base, base + self._group):
+                kept = self._young.get(other)
+                if kept is not None and not self._has_write_lane(kept):
+                    self._make_write_lane(other, kept)
         return found
+
+    def _has_write_lane(self, found: Slice) -> bool:
+        return found.write_lane is not None and found.lane_version == self._lane_version
+
+    def _make_write_lane(self, key: int, found: Slice) -> None:
+        found.write_lane = self.write_lane[key] = self._write_lane_of(key, found)
+        found.lane_version = self._lane_version
 
     def own(self, key: int) -> Slice:
         """The slice with this key, its write lane too, in an L2 table that is ours alone: a fresh one where there was

@@ -16,8 +16,8 @@ write of its header, which no crash can tear; for several there is a *record*, a
 So the record exists as long as any image is marked. What a crash leaves of an image is without a mark, and is not
 touched yet or done; or it has a mark, and what it says is decided by the record: committed, the new bitmaps are in
 force; prepared, the old ones. That holds for whoever reads, without a change on disk. Whoever opens the image for
-writing first has the header say so (`engine.dirty_bitmaps.unfinished`), and `recover_transaction` does that for all images and
-removes the record. Doing it twice does no harm. What the losing side had allocated remains as a leak.
+writing first has the header say so (`engine.dirty_bitmaps.unfinished`), and `recover_transaction` does that for all
+images and removes the record. Doing it twice does no harm. What the losing side had allocated remains as a leak.
 
 **If the record is not to be had** nobody guesses. It is a name that comes from an image, so the policy has its say: a
 confined image follows it only below its own directory, which is where it is for images in one directory. Else writers

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
 from qcow2_plugin.engine.header import read_header
@@ -53,6 +55,53 @@ def test_every_slice_of_a_table_is_found_at_its_place() -> None:
     assert [tables.slice_at(4).words[0], tables.slice_at(4).words[511]] == [size * 100, size * 101]
     assert [tables.slice_at(5).words[0], tables.slice_at(7).words[511]] == [size * 102, size * 103]
     assert not any(tables.slice_at(0).words)
+
+
+def one_after_the_other(made: Mapped) -> Tables:
+    """Slices read alone, because not all of them can be kept."""
+    return opened(made, cache_size=8 << 10)
+
+
+@pytest.mark.parametrize("extended_l2", [False, True])
+@pytest.mark.parametrize("kind", ["in line", "in line but for one", "anything"])
+def test_slices_that_are_read_together_are_those_read_alone(kind: str, extended_l2: bool) -> None:
+    chance = random.Random(3)
+    size, entries = 1 << 16, 4096 if extended_l2 else 8192
+    words: dict[int, tuple[int, int]] = {}
+    if kind == "anything":
+        for index in chance.sample(range(entries), entries // 2):
+            word = chance.choice([COPIED, COPIED, 0, COMPRESSED, 1]) | chance.randrange(300) * size
+            words[index] = (word, chance.choice([ALL_PARTS, ALL_PARTS, 7]))
+    elif kind == "in line but for one":
+        words[700] = (0, 0)
+    made = mapped_image(
+        {0: words if extended_l2 else {index: word for index, (word, _) in words.items()}},
+        virtual_size=entries * size - size // 2,
+        cluster_bits=16,
+        extended_l2=extended_l2,
+        patterns={} if kind == "anything" else {0: (COPIED | 4 * size, size)},
+        clusters=entries,
+    )
+    together, alone = opened(made), one_after_the_other(made)
+    for key in chance.sample(range(16), 16):
+        found, other = together.slice_at(key), alone.slice_at(key)
+        assert list(found.words) == list(other.words)
+        assert list(found.lane) == list(other.lane)
+        assert found.host_offset == other.host_offset
+    assert sum(map(bool, alone.slice_at(1).lane)) > 30
+
+
+def test_a_table_is_read_once_if_all_can_be_kept() -> None:
+    size = 1 << 16
+    made = mapped_image({0: {0: 5 * size, 512: 5 * size}}, virtual_size=8192 * size, cluster_bits=16)
+    together, alone = opened(made), one_after_the_other(made)
+    for tables in (together, alone):
+        tables.slice_at(0)
+    offset = made.l2_offsets[0] + 4096
+    made.storage.content[offset : offset + 8] = bytes(8)
+    assert together.slice_at(1).words[0] == 5 * size
+    assert together.lane[1] is together.slice_at(1).lane
+    assert alone.slice_at(1).words[0] == 0
 
 
 def test_words_are_plain_ints() -> None:

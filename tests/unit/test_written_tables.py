@@ -482,3 +482,15 @@ def test_another_size_of_the_disk_is_another_end_of_the_lanes(tmp_path: Path) ->
     found = made.tables.slice_for_writing(0)
     assert found.write_lane is not None
     assert len(runs(found.lane)) == len(runs(found.write_lane)) == 10
+
+
+def test_a_changed_slice_stays_what_it_is_when_those_around_are_read(tmp_path: Path) -> None:
+    size = 1 << 16
+    made = opened(ImageBuilder(2048 * size, 16).data(0, b"x").data(600, b"y"), tmp_path)
+    found = made.tables.own(1)
+    found.words[7] = COPIED | 40 * size
+    made.tables.changed(1, found)
+    made.tables.forget()
+    assert made.tables.slice_at(0).words[0] == COPIED | made.built.data_offsets[0]
+    assert made.tables.slice_at(1) is found
+    assert 2 in made.tables.lane, "not read together"
