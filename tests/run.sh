@@ -37,6 +37,7 @@ crashes=$!
 trap 'kill "$crashes" 2>/dev/null; rm -f "$log"' EXIT
 "$python" -m pytest --ignore=tests/crash || failed+=(tests)
 wait "$crashes" || failed+=('tests of crashes')
+trap 'rm -f "$log"' EXIT # nothing is left to end, and a vain kill would be the status
 cat "$log"
 
 if ((${#failed[@]})); then

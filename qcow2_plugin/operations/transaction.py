@@ -90,8 +90,8 @@ def bitmap_transaction(
     """Change the bitmaps of several images, open ones or those at these paths: all of them, or none.
 
     `record` is a name for the file that decides after a crash (by default a new one in the directory of the first
-    image that is a file), which is gone at the end. `options` are those of `open_image`, for all images that are not
-    open.
+    image that is a file), which is gone at the end. `options` for the images that are
+    not open are `policy`, `data_file` and `base_directory`, as for `open_image`.
 
     Raises OptionError if the record exists or has to be named, or if an open image has been moved since; what
     `open_image` and `change_bitmaps` do, and then nothing has changed; UnfinishedTransactionError if the rest is left
