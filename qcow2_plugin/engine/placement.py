@@ -388,8 +388,7 @@ class WrittenMapping(Mapping):
 
     def _entries_of(self, host_offset: int, count: int) -> memoryview:
         """The entries of clusters in line that are ours alone."""
-        host_offsets = np.arange(count, dtype=np.uint64) << np.uint64(self._geometry.cluster_bits)
-        return (host_offsets + np.uint64(COPIED | host_offset)).data
+        return (self.tables.steps[:count] + np.uint64(COPIED | host_offset)).data
 
     def abandon(self, placement: Placement) -> None:
         """Take back what a placement allocated; it was never visible."""

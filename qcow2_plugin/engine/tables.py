@@ -127,7 +127,7 @@ class Tables:
         clusters = np.arange(self._group * self.slice_entries, dtype=np.int64)
         self._left = np.minimum(self.slice_entries - clusters % self.slice_entries, RUN_MASK)
         """For each cluster of a group the count of clusters to the end of its slice."""
-        self._steps = (clusters << geometry.cluster_bits).astype(np.uint64)
+        self.steps = (clusters << geometry.cluster_bits).astype(np.uint64)
         """How far the clusters of a group are from the first if they are in line."""
         words_per_entry = geometry.l2_entry_size // 8
         self._missing = Slice(
@@ -235,7 +235,7 @@ class Tables:
         if not words.any():
             return np.zeros(len(self._left), dtype=np.int64)
         if self._are_in_line(words, first_cluster):
-            lane = self._steps.astype(np.int64)
+            lane = self.steps.astype(np.int64)
             lane += int(words[0]) & OFFSET_MASK
             lane |= self._left
             return lane
@@ -277,7 +277,7 @@ class Tables:
             return False
         if not source.rules.has_data_file and not 0 < host_offset <= source.storage.size() - length:
             return False
-        return bool((words - np.uint64(first) == self._steps).all())
+        return bool((words - np.uint64(first) == self.steps).all())
 
     def _keep(self, key: int, kept: Slice) -> None:
         if self._young_size >= self._generation_size:

@@ -311,9 +311,16 @@ class WrittenTables(Tables):
                 if count == 1:
                     lane[index] = host_offset | min(in_line + 1, RUN_MASK)
                 else:
-                    lane[index : index + count] = _words_in_line(host_offset, count, cluster_size, in_line)
+                    lane[index : index + count] = self._words_in_line(host_offset, count, in_line)
             in_line += count
             next_index, next_offset = index, host_offset
+
+    def _words_in_line(self, host_offset: int, count: int, in_line: int) -> memoryview:
+        """The lane words of `count` clusters in line, behind which `in_line` more are."""
+        words = self.steps[:count].astype(np.int64)
+        words += host_offset
+        words |= np.minimum(np.arange(count + in_line, in_line, -1), RUN_MASK)
+        return words.data
 
     def leave_lanes(self, found: Slice, first: int, end: int) -> None:
         """The clusters with these indexes are not read or written straight any more."""
@@ -413,12 +420,6 @@ def _lanes_of(found: Slice) -> tuple[memoryview, ...]:
     if found.write_lane is None or found.write_lane is found.lane:
         return (found.lane,)
     return found.lane, found.write_lane
-
-
-def _words_in_line(host_offset: int, count: int, cluster_size: int, in_line: int) -> memoryview:
-    """The lane words of `count` clusters in line, behind which `in_line` more are."""
-    clusters = np.arange(count, dtype=np.int64)
-    return (host_offset + clusters * cluster_size | np.minimum(count + in_line - clusters, RUN_MASK)).data
 
 
 def _place(found: Slice) -> int:
