@@ -158,6 +158,28 @@ class AmendError(Qcow2Error):
     errno = errno.EINVAL
 
 
+class DetachError(Qcow2Error):
+    """The data file is not all of the disk, or more depends on the image than that; nothing was changed."""
+
+    errno = errno.EINVAL
+
+
+class NoRawViewError(Qcow2Error):
+    """The data file of the image is not the raw disk, or not all of it; the message says why."""
+
+    errno = errno.EINVAL
+
+
+class ExportError(Qcow2Error):
+    """The disk cannot be exported there, or what arrived is not the disk."""
+
+
+class RelocateError(Qcow2Error):
+    """The image cannot have that file in the place of the one that it names; nothing was changed."""
+
+    errno = errno.EINVAL
+
+
 class HeaderFullError(Qcow2Error):
     """The header cluster has no room for what would have to be in it; nothing was changed."""
 

@@ -23,6 +23,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from qcow2_plugin.engine.data_file_proof import first_byte
 from qcow2_plugin.engine.dirty_bitmaps.bitmaps import read_bitmaps
 from qcow2_plugin.engine.image_file import Structure
 from qcow2_plugin.engine.internal_snapshots.snapshots import read_snapshots
@@ -55,7 +56,6 @@ if TYPE_CHECKING:
 _REFCOUNT_WIDTHS = (1, 2, 4, 8, 16, 32, 64)
 _V2_REFCOUNT_BITS = 16
 _MAX_V2_STATE_SIZE = (1 << 32) - 1
-_COMPARED_AT_ONCE = 1 << 20
 
 
 class Amendment(NamedTuple):
@@ -294,19 +294,16 @@ def _require_equal(image: WritableImage) -> list[int]:
         if extent.kind is ExtentKind.DATA:
             continue
         end = extent.guest_offset + extent.length
-        for start in range(extent.guest_offset, end, _COMPARED_AT_ONCE):
-            _require_zeros(image, start, min(_COMPARED_AT_ONCE, end - start))
+        _require_zeros(image, extent.guest_offset, extent.length)
         silent.update(range(extent.guest_offset & -coverage, end, coverage))
     return sorted(silent)
 
 
 def _require_zeros(image: WritableImage, offset: int, length: int) -> None:
-    for start, count, is_data in image.data.data_ranges(offset, length):
-        content = image.data.pread(count, start) if is_data else b""
-        stored = content.lstrip(b"\0")
-        if stored:
-            raise AmendError(
-                f"data_file_raw cannot be: at guest offset {start + len(content) - len(stored):#x} the disk reads as "
-                "zeros, and the data file holds something else",
-                file=image.data.path,
-            )
+    found = first_byte(image.data, offset, length)
+    if found is not None:
+        raise AmendError(
+            f"data_file_raw cannot be: at guest offset {found:#x} the disk reads as zeros, and the data file holds "
+            "something else",
+            file=image.data.path,
+        )

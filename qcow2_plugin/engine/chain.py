@@ -167,6 +167,20 @@ def _refuse_options(path: Path, **asked: bool) -> None:
             raise ReadOnlyImageError(f"{option} is for reading only: {reasons[option]}", file=os.fspath(path))
 
 
+def open_below(files: ChainFiles, header: Header, storage: Storage, backing_file: Path | None = None) -> GuestDisk:
+    """The disk below the top image of `files`, which has this `header` with a backing file; read-only.
+
+    It is good as long as `files` keeps its files open. `backing_file` is opened instead of what the header names.
+    Raises as `open_image` does about what is below.
+    """
+    layers, disk = _open_layers_below(files, header, storage, backing_file, allow_damaged=False)
+    below: GuestDisk | None = disk
+    for layer in reversed(layers):
+        below = Image(Layer(*layer, below, DEFAULT_CACHE_SIZE // len(layers), False), ExitStack())
+    assert below is not None, "the header has a backing file"
+    return below
+
+
 def _open_layers(
     files: ChainFiles,
     path: Path,
@@ -180,21 +194,29 @@ def _open_layers(
 
     `data_file` and `backing_file` are those of the top image.
     """
-    layers: list[_OpenedLayer] = []
     storage = files.open_top(path)
-    while True:
-        header = _read_sound_header(storage, allow_damaged=allow_damaged)
-        if not layers:
-            header = _settled(header, storage, files, writable=writable)
-        data = files.open_data_file(header, storage, data_file)
-        layers.append(_OpenedLayer(header, storage, data or storage))
-        below = files.open_backing_file(header, storage, backing_file)
-        if below is None:
-            return layers, None
+    header = _read_sound_header(storage, allow_damaged=allow_damaged)
+    header = _settled(header, storage, files, writable=writable)
+    data = files.open_data_file(header, storage, data_file)
+    below, bottom = _open_layers_below(files, header, storage, backing_file, allow_damaged=allow_damaged)
+    return [_OpenedLayer(header, storage, data or storage), *below], bottom
+
+
+def _open_layers_below(
+    files: ChainFiles, header: Header, storage: Storage, backing_file: Path | None, *, allow_damaged: bool
+) -> tuple[list[_OpenedLayer], RawDisk | None]:
+    """`_open_layers` without the top image, which has `header`; `backing_file` is its."""
+    layers: list[_OpenedLayer] = []
+    below = files.open_backing_file(header, storage, backing_file)
+    while below is not None:
         storage, backing_format = below
         if backing_format == "raw":
             return layers, RawDisk(storage)
-        data_file = backing_file = None
+        header = _read_sound_header(storage, allow_damaged=allow_damaged)
+        data = files.open_data_file(header, storage)
+        layers.append(_OpenedLayer(header, storage, data or storage))
+        below = files.open_backing_file(header, storage)
+    return layers, None
 
 
 def _settled(header: Header, storage: FileStorage, files: ChainFiles, *, writable: bool) -> Header:
@@ -216,10 +238,15 @@ def _settled(header: Header, storage: FileStorage, files: ChainFiles, *, writabl
 def _read_sound_header(storage: Storage, *, allow_damaged: bool) -> Header:
     """The header of an image whose guest data can be read."""
     header = read_header(storage)
+    require_readable(header, storage, allow_damaged=allow_damaged)
+    return header
+
+
+def require_readable(header: Header, storage: Storage, *, allow_damaged: bool = False) -> None:
+    """Raises what speaks against reading guest data of the image in `storage`, which has this header; OSError."""
     with about_file(storage.path):
         for refusal in refusals(header):
             raise refusal
     if not allow_damaged:
         check_tables(header, storage)
         check_complete(header, storage)
-    return header

@@ -60,6 +60,12 @@ class ChainFiles:
             self._directory = os.path.dirname(os.fspath(path))
         return self._open_given(path, "image")
 
+    def start_at(self, image: FileStorage) -> None:
+        """The top image, which the caller has open already, and closes."""
+        if self._directory is None:
+            self._directory = os.path.dirname(image.path)
+        self._roles[image.identity] = "image"
+
     def open_data_file(self, header: Header, image: Storage, given: Path | None = None) -> FileStorage | None:
         """The external data file of `image`, which has `header`; None if it keeps its data itself.
 

@@ -21,13 +21,13 @@ def put_right(file: ImageFile, allocator: Allocator, tables: Tables) -> None:
 
         rebuild_refcounts(file, allocator)
         tables.forget()
-    kept = _kept_autoclear_features(file.header)
+    kept = kept_autoclear_features(file.header)
     if kept != file.header.autoclear_features:
         file.update_header(autoclear_features=kept)
         file.barrier()
 
 
-def _kept_autoclear_features(header: Header) -> int:
+def kept_autoclear_features(header: Header) -> int:
     """The autoclear features whose promise a writer of this package keeps."""
     kept = header.autoclear_features & (AUTOCLEAR_BITMAPS | AUTOCLEAR_DATA_FILE_RAW)
     if header.extension_data(EXTENSION_BITMAPS) is None:

@@ -31,7 +31,7 @@ class NewFile:
         self.is_new = is_new
         self._is_kept = is_kept
         self._is_device = not is_new and stat.S_ISBLK(os.stat(path).st_mode)
-        self._size = storage.size()
+        self._size = 0 if is_new else storage.size()
         self._is_changed = False
 
     def require_room(self, size: int) -> None:
@@ -122,9 +122,9 @@ class NewFiles:
         storage = open_given(path, writable=True, vet=lambda identity, found: self.refuse(identity, role, found))
         return self._keep(storage, path, role, is_new=False, is_kept=is_kept)
 
-    def make(self, path: Path, role: str) -> NewFile:
+    def make(self, path: Path, role: str, *, mode: int = 0o666) -> NewFile:
         """A file that does not exist yet. Raises what `create_given` does, FileExistsError among it."""
-        return self._keep(create_given(path), path, role, is_new=True, is_kept=False)
+        return self._keep(create_given(path, mode=mode), path, role, is_new=True, is_kept=False)
 
     def make_or_open(self, path: Path, role: str) -> NewFile:
         """The file of this name, new if there is none. Raises as `open` does."""

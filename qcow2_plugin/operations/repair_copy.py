@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import secrets
 from contextlib import ExitStack
@@ -13,7 +12,7 @@ from qcow2_plugin.engine.files import ChainFiles
 from qcow2_plugin.engine.repairing.repair import Mode, repair_image
 from qcow2_plugin.operations.new_files import NewFiles
 from qcow2_plugin.storage.copying import copy_content
-from qcow2_plugin.storage.directory import give_name, make_names_durable
+from qcow2_plugin.storage.directory import give_name, make_names_durable, require_unused
 from qcow2_plugin.storage.opener import Policy
 
 Path = str | os.PathLike[str]
@@ -42,8 +41,7 @@ def repair_to(
     The result is that of `repair_image`. Raises what that raises; FileExistsError; what opening the files does. After
     an error there is no copy.
     """
-    if os.path.lexists(to):
-        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), os.fspath(to))
+    require_unused(to)
     temporary = f"{os.fspath(to)}.{secrets.token_hex(4)}.partial"
     with ExitStack() as resources, NewFiles() as files:
         chain = ChainFiles(resources, policy=policy, base_directory=base_directory, force_share=force_share)

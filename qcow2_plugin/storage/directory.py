@@ -22,6 +22,12 @@ def identity_of(path: str | os.PathLike[str]) -> tuple[int, int] | None:
     return status.st_dev, status.st_ino
 
 
+def require_unused(path: str | os.PathLike[str]) -> None:
+    """Raises FileExistsError if something has this name, if only a dangling symlink."""
+    if os.path.lexists(path):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), os.fspath(path))
+
+
 def remove(path: str | os.PathLike[str], identity: tuple[int, int]) -> None:
     """Remove the name if it still is that of this file. Raises OSError."""
     if identity_of(path) == identity:
@@ -51,18 +57,22 @@ def write_new(path: str, content: bytes) -> None:
 def give_name(temporary: str, path: str | os.PathLike[str]) -> None:
     """Let the file of a temporary name have the name `path` instead, which nothing has so far.
 
-    Both are in one directory. Raises FileExistsError if something has that name, OSError.
+    Both are in one directory. Raises FileExistsError if something has that name, OSError; then it has the old one.
     """
     try:
         os.link(temporary, path)
     except OSError as error:
         if error.errno not in _CANNOT_LINK:
             raise
-        if os.path.lexists(path):
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), os.fspath(path)) from error
+        require_unused(path)
         os.rename(temporary, path)
-    else:
+        return
+    try:
         os.unlink(temporary)
+    except OSError:
+        with suppress(OSError):  # the error that led here says more
+            os.unlink(path)
+        raise
 
 
 def make_names_durable(directory: str) -> None:

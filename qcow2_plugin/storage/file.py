@@ -68,6 +68,10 @@ class FileStorage:
         """Bytes of disk space that the file occupies; 0 for a block device."""
         return os.fstat(self._fd).st_blocks * 512
 
+    def mode(self) -> int:
+        """Type and permissions of the file, as in stat(2)."""
+        return os.fstat(self._fd).st_mode
+
     def data_ranges(self, offset: int, length: int) -> Iterator[tuple[int, int, bool]]:
         """Tile a range into (offset, length, is_data), ascending and without gaps, lazily.
 
@@ -167,6 +171,15 @@ class FileStorage:
         if self._fd < 0:  # to which Python says ValueError here, and only here
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
         os.fdatasync(self._fd)
+
+    def forget_cached(self) -> None:
+        """Ask the system to have what is durable read from the disk again; a hint that never fails."""
+        with suppress(OSError, OverflowError):
+            os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def fileno(self) -> int:
+        """The descriptor, for other calls of this package; -1 after `close`."""
+        return self._fd
 
     def close(self) -> None:
         """Give back the file and its locks; a second call does nothing. No other call may be running."""

@@ -97,17 +97,17 @@ def open_given(
         return _open_pinned(pinned, given, vet, writable=writable, force_share=force_share)
 
 
-def create_given(path: str | os.PathLike[str]) -> FileStorage:
+def create_given(path: str | os.PathLike[str], *, mode: int = 0o666) -> FileStorage:
     """Make an empty file that the caller names, open for reading and writing and locked for that.
 
-    Where something of that name is already, if only a dangling symlink, nothing happens. The name is durable when the
-    directory is.
+    Its permissions are `mode`, less what the umask takes away. Where something of that name is already, if only a
+    dangling symlink, nothing happens. The name is durable when the directory is.
 
     Raises: FileExistsError and other OSError with the path; ImageLockedError if somebody was quicker to lock the new
     file, or its file system has no locks (it stays then, and is empty).
     """
     given = os.fspath(path)
-    fd = os.open(given, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    fd = os.open(given, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     return _locked(fd, given, writable=True)
 
 

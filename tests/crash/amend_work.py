@@ -109,6 +109,7 @@ IMAGES: dict[str, Callable[[], Told]] = {
     "data file, extended": lambda: _with_data_file(False, True),
     "short data file": _with_short_data_file,
     "raw data file": lambda: _with_data_file(True, False),
+    "raw data file, extended": lambda: _with_data_file(True, True),
 }
 AMENDMENTS: dict[tuple[str, str], Amendment] = {
     ("new", "narrower"): Amendment(refcount_bits=4),
@@ -125,6 +126,10 @@ AMENDMENTS: dict[tuple[str, str], Amendment] = {
     ("short data file", "raw"): Amendment(data_file_raw=True),
     ("data file, extended", "raw, wider"): Amendment(data_file_raw=True, refcount_bits=64),
     ("raw data file", "not raw, wider"): Amendment(data_file_raw=False, refcount_bits=32),
+    ("data file", "narrower, larger"): Amendment(refcount_bits=8, size=SIZE + 9 * KIB),
+    ("raw data file", "other name, larger"): Amendment(data_file=b"n" * 700, size=SIZE + 9 * KIB),
+    ("raw data file", "lazy, smaller"): Amendment(lazy_refcounts=True, size=SIZE - 9 * KIB, allow_shrink=True),
+    ("raw data file, extended", "wider, larger"): Amendment(refcount_bits=64, size=190 * KIB),
 }
 
 
@@ -209,7 +214,13 @@ class Work:
         if header.autoclear_features & RAW_DATA_FILE and files[-1][: len(view)] != view:
             raise WrongError(f"{self.name}: the raw data file is not the disk")
         common = min(len(view), len(self.told.view))
-        if view[:common] != self.told.view[:common] or any(view[common:]):
+        kept = min(common, self.wanted.size or common)
+        cut = {
+            (view[start : start + SECTOR], self.told.view[start : start + SECTOR])
+            for start in range(kept, common, SECTOR)
+        }
+        is_cut_wrong = any(now != before and any(now) for now, before in cut)
+        if view[:kept] != self.told.view[:kept] or is_cut_wrong or any(view[common:]):
             raise WrongError(f"{self.name}: the disk has changed")
         for wanted, expected in self.told.snapshots.items():
             if read_disk(image.at_snapshot(wanted))[: len(expected)] != expected:

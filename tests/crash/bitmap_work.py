@@ -40,6 +40,7 @@ from tests.support.tools import qemu_img
 
 KIB = 1 << 10
 AUTO = 2
+RAW = "raw data file"
 _NONE: frozenset[int] = frozenset()
 GRANULES = 512  # of bitmaps that are made
 Changes = tuple[BitmapChange, ...]
@@ -80,8 +81,9 @@ Files = tuple[bytes, ...]
 def image(kind: str) -> tuple[Files, Bitmaps]:
     """An image of a kind, and its bitmaps.
 
-    `small`: five bitmaps, one of them stale, 512-byte clusters. `data file`: the same with a data file. `none`: no
-    bitmap yet, 8 KiB clusters, as QEMU makes it: the header has to be laid out anew for the first.
+    `small`: five bitmaps, one of them stale, 512-byte clusters. `data file`: the same with a data file, `raw data file`
+    with one that has to be the disk. `none`: no bitmap yet, 8 KiB clusters, as QEMU makes it: the header has to be laid
+    out anew for the first.
     """
     with tempfile.TemporaryDirectory(prefix="bitmaps-") as folder:
         path = Path(folder) / "image"
@@ -90,11 +92,14 @@ def image(kind: str) -> tuple[Files, Bitmaps]:
             return (path.read_bytes(),), {}
         builder = ImageBuilder(96 * KIB, 9)
         paths = [path]
-        if kind == "data file":
+        if kind != "small":
             paths.append(Path(folder) / "data")
-            builder.data_file(paths[1], b"data")
+            builder.data_file(paths[1], b"data", raw=kind == RAW)
         for cluster in range(0, 40, 2):
             builder.data(cluster, text("base", cluster * 512, 512))
+        for cluster in range(192 if kind == RAW else 0):
+            if cluster >= 40 or cluster % 2:
+                builder.data(cluster, bytes(512))
         builder.bitmap(b"a", [(0, 512), (70 * KIB, 512)], granularity_bits=9, flags=AUTO)
         builder.bitmap(b"coarse", [(8 * KIB, 1)], granularity_bits=12, flags=AUTO)
         builder.bitmap(b"off", [(4 * KIB, KIB), (59 * KIB, 20 * KIB)], granularity_bits=9)
@@ -261,6 +266,8 @@ class Work:
                 view = read_disk(opened)
         except Exception as error:
             raise WrongError(f"the disk cannot be read: {type(error).__name__}: {error}") from error
+        if self.kind == RAW and (data is None or data.content[: len(view)] != view):
+            raise WrongError("the raw data file is not the disk")
         self.judge_bitmaps(report, view, state.earliest, state.latest)
         return report
 
@@ -393,13 +400,15 @@ FIRST = {"add": (), "rotate": ("add",), "remove": ("add",), "remove next": ("add
 
 def workloads() -> Iterator[tuple[str, str, list[Step]]]:
     """(name, kind, steps): every change alone, on an image that nobody writes to and on one that is in use, and in
-    pairs, with a data file too."""
+    pairs, with data files too."""
     for name, change in CHANGES.items():
         yield f"{name} alone", "small", [_step(change), Step("close")]
     for first, change in CHANGES.items():
         for second, other in CHANGES.items():
             if first != second and (first, second) not in IMPOSSIBLE:
-                for kind, tail in (("small", ""), ("data file", " with a data file")):
+                kinds = ["small", "data file", *([RAW] if second in ("add", "clear", "rotate") else [])]
+                for kind in kinds:
+                    tail = "" if kind == "small" else f" with a {kind}"
                     steps = list(_mixed(f"{first}/{second}{tail}", (change, other), 96 * KIB))
                     yield f"{first}, {second}{tail}", kind, steps
     for name, before in FIRST.items():

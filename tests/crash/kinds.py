@@ -169,18 +169,36 @@ def _data_file() -> Kind:
     return _finish("data file", filler)
 
 
-def _raw_data_file() -> Kind:
+def _extended_data_file() -> Kind:
+    filler = _new(400 * KIB, 14, "data", "parts", "none", "zero", "space", "kept", count=22, extended_l2=True)
+    filler.image.data_file(Path("data"), b"data")
+    return _finish("extended data file", filler)
+
+
+def _raw_filler(size: int) -> _Filler:
     """As `data_file_raw` has it: everything is allocated, and what is zero is so in the data file."""
-    image = ImageBuilder(48 * KIB, 9, autoclear=UNKNOWN_AUTOCLEAR).data_file(Path("data"), b"data", raw=True)
+    image = ImageBuilder(size, 9, autoclear=UNKNOWN_AUTOCLEAR).data_file(Path("data"), b"data", raw=True)
     filler = _Filler(image)
-    for cluster in range(96):
+    for cluster in range(size // 512):
         if cluster % 5 == 4:
             image.zero(cluster, preallocated=cluster % 2 == 0)
             filler.spots.setdefault("zero", []).append(cluster)
         else:
             image.data(cluster, text("base", cluster * 512, 512 if cluster % 3 else 0))
             filler.spots.setdefault("data", []).append(cluster)
-    return _finish("raw data file", filler, sizes=(40 * KIB, 24 * KIB, 50 * KIB))
+    return filler
+
+
+def _raw_data_file() -> Kind:
+    return _finish("raw data file", _raw_filler(48 * KIB), sizes=(40 * KIB, 24 * KIB, 50 * KIB))
+
+
+def _raw_data_file_bitmap() -> Kind:
+    """An enabled bitmap, and one that stays as it is."""
+    filler = _raw_filler(40 * KIB)
+    filler.image.bitmap(b"enabled", [(0, KIB)], granularity_bits=9, flags=2)
+    filler.image.bitmap(b"disabled", [(8 * KIB, 9 * KIB)], granularity_bits=10)
+    return _finish("raw data file with bitmap", filler, sizes=(30 * KIB, 44 * KIB))
 
 
 def _extended_raw() -> Kind:
@@ -269,9 +287,11 @@ _MAKERS: dict[str, Callable[[], Kind]] = {
     "extended_backing": _extended_backing,
     "data_file": _data_file,
     "raw_data_file": _raw_data_file,
+    "extended_data_file": _extended_data_file,
     "extended_raw": _extended_raw,
     "bitmap": _bitmap,
     "data_file_bitmap": _data_file_bitmap,
+    "raw_data_file_bitmap": _raw_data_file_bitmap,
     "growth": _growth,
     "narrow": _narrow,
     "dirty": _dirty,

@@ -283,7 +283,7 @@ def autoclear_bit_left(patch: Patch) -> None:
     def kept(header: Header) -> int:
         return header.autoclear_features
 
-    patch.setattr(first_change, "_kept_autoclear_features", kept)
+    patch.setattr(first_change, "kept_autoclear_features", kept)
 
 
 def refcount_of_new_clusters_forgotten(patch: Patch) -> None:

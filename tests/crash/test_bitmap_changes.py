@@ -26,7 +26,9 @@ from tests.support.faulty import FAULTS
 
 IS_DEEP = DEPTH > 1
 STATES = 300 if IS_DEEP else 20
-FAULTED = ("rotate, merge", "several, remove with a data file", "add of none")
+FAULTED = (
+    "rotate, merge", "several, remove with a data file", "rotate, clear with a raw data file", "add of none",
+)  # fmt: skip
 Workload = tuple[str, str, list[Step]]
 WORKLOADS = {each[0]: each for each in workloads()}
 RANDOM = {each[0]: each for each in (random_work(seed, 7) for seed in range(20))}

@@ -10,7 +10,7 @@ from tests.crash.workloads import workload
 
 
 @pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("kind", ["raw_data_file", "extended_raw"])
+@pytest.mark.parametrize("kind", ["raw_data_file", "extended_raw", "raw_data_file_bitmap"])
 def test_the_data_file_equals_the_disk_after_every_request(kind: str, seed: int) -> None:
     chosen = workload(f"{kind}/random+100/any/{seed}")
     scenario = Scenario.of(chosen.kind)

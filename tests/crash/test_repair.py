@@ -8,6 +8,7 @@ be read, no more clusters are counted too low than before, and a second repair l
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -27,13 +28,19 @@ from tests.support.repairing import ReadableDisks, lost, missing_references, rea
 
 IS_DEEP = DEPTH > 1
 STATES = 100_000 if IS_DEEP else 14
-FAULTY = ["several", "block entry lost", "snapshot without disk size", "aliases", "gaps"]
+FAULTY = ["several", "block entry lost", "snapshot without disk size", "aliases", "gaps", "raw data file, flags"]
 OURS: dict[str, Callable[[Path], Image]] = {
     "in the wrong place": broken.in_the_wrong_place,
     "aliases": broken.with_aliases,
     "odd bits": broken.with_odd_bits,
     "gaps": broken.with_gaps,
+    "gaps, extended": partial(broken.with_gaps, extended_l2=True),
+    **{f"{name} data file, flags": partial(broken.with_wrong_flags, raw=name == "raw") for name in ("raw", "other")},
+    **{
+        f"{name} data file, dirty": partial(broken.dirty_with_data_file, raw=name == "raw") for name in ("raw", "other")
+    },
 }
+RAW_BIT = 2
 
 pytestmark = pytest.mark.timeout(3600 if IS_DEEP else 120)
 
@@ -73,12 +80,22 @@ class Subject:
         """The image after a repair that came to its end."""
         assert readable(content, self.data) == self.expected, f"{told}: the disk is another one after the repair"
         report = check_image(content)
+        if self.data is not None and report.header.autoclear_features & RAW_BIT:
+            self._judge_raw_data_file(content, told)
         assert len(report.corruptions) == len(self.left.corruptions), f"{told}: {report.corruptions[:3]}"
         assert report.damage == self.left.damage, f"{told}: {report.damage[:3]}"
         assert report.leaks <= self.left.leaks, f"{told}: leaks"
         last = repair(content, self.mode, ours=self.ours, data=self.data)
         assert last.content == content, f"{told}: a repair of what is repaired changes something"
         assert not last.log.calls, f"{told}: a repair of what is repaired writes"
+
+    def _judge_raw_data_file(self, content: bytes, told: str) -> None:
+        """It is the disk."""
+        assert self.data is not None
+        size = 1 << content[23]
+        for (_, cluster), stored in readable(content, self.data).items():
+            there = self.data[cluster * size : (cluster + 1) * size].ljust(size, b"\0")
+            assert stored == there, f"{told}: cluster {cluster} of the raw data file is not that of the disk"
 
 
 def subject(name: str, mode: Mode, folder: Path) -> Subject:

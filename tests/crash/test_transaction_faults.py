@@ -19,7 +19,7 @@ from tests.support.faulty import FAULTS, Calls, Fault, Faults, FaultyStorage
 from tests.support.image_checker import check_image
 from tests.support.recording import Log
 
-NAMES = CASES if DEPTH > 1 else ("4096", "removed", "alone")
+NAMES = CASES if DEPTH > 1 else ("4096", "removed", "alone", "data files")
 NO_ROOM = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 

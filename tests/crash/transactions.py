@@ -35,7 +35,7 @@ from tests.crash.opening import open_readable, read_disk
 from tests.crash.scenario import MakeStorage, WrongError, record
 from tests.support.builder import ImageBuilder
 from tests.support.crash_states import Crashes, State
-from tests.support.image_checker import Report, check_image
+from tests.support.image_checker import RAW_DATA_FILE, Report, check_image
 from tests.support.in_memory import open_in_memory
 from tests.support.memory_storage import MemoryStorage
 from tests.support.recording import Log, RecordingStorage
@@ -115,6 +115,19 @@ def _disk(cluster_bits: int) -> ImageBuilder:
     return image
 
 
+def _on_data_file(make: Callable[[], ImageBuilder], *, raw: bool) -> Callable[[], ImageBuilder]:
+    """The same with a data file, which has every cluster of the disk if it is a raw one."""
+
+    def builder() -> ImageBuilder:
+        image = make().data_file(Path("data"), b"data", raw=raw)
+        for cluster in range(image.virtual_size // image.cluster_size if raw else 0):
+            if cluster % 3:
+                image.data(cluster, bytes(image.cluster_size))
+        return image
+
+    return builder
+
+
 def _rotated(cluster_bits: int) -> Callable[[], ImageBuilder]:
     return lambda: _disk(cluster_bits).bitmap(b"b0", [(0, GRANULE)], granularity_bits=12, literal=True, flags=2)
 
@@ -142,6 +155,16 @@ def _named(cluster_bits: int, directory: str = "/directory") -> Case:
     )
 
 
+def _on_data_files() -> Case:
+    """Two images with data files, one of them raw, and one without."""
+    builders = (
+        _on_data_file(_rotated(12), raw=True),
+        _on_data_file(_rotated_and_more(12), raw=False),
+        lambda: _disk(12),
+    )
+    return Case("data files", builders, (ROTATE, MORE, ADD), OLD, NEW)
+
+
 def _last_one_removed() -> Case:
     """An image loses its last bitmap, another gets its first."""
     builders = (_rotated(12), lambda: _disk(12))
@@ -158,7 +181,7 @@ def _alone() -> Case:
 
 _FAR = "/far" + "/directory" * 60
 """A mark with so long a name is longer than a sector."""
-_ALL = (_named(9), _named(12), _named(12, _FAR), _last_one_removed(), _alone())
+_ALL = (_named(9), _named(12), _named(12, _FAR), _last_one_removed(), _alone(), _on_data_files())
 CASES = {case.name: case for case in _ALL}
 
 
@@ -174,12 +197,17 @@ class Work:
     end: int = 0
 
     def __post_init__(self) -> None:
-        with tempfile.TemporaryDirectory(prefix="transaction-") as folder:
-            self.initial = tuple(make().build(Path(folder) / "image").path.read_bytes() for make in self.case.builders)
-        self.storages = [self.make_storage(self.log, number, each) for number, each in enumerate(self.initial)]
+        built = [_built(make()) for make in self.case.builders]
+        count = len(built)
+        self.data_numbers = {number: count + place for place, number in enumerate(_with_data(built))}
+        """Which file is the data file of an image, in the order of `initial`: all images come first."""
+        self.initial = (*(image for image, _ in built), *(data for _, data in built if data is not None))
+        files = [self.make_storage(self.log, number, each) for number, each in enumerate(self.initial)]
+        self.storages = files[:count]
+        self.data = {number: files[place] for number, place in self.data_numbers.items()}
         for number, storage in enumerate(self.storages):
             storage.path = f"{self.case.directory}/{number}.qcow2"
-        self.images = [open_in_memory(storage) for storage in self.storages]
+        self.images = [open_in_memory(storage, self.data.get(number)) for number, storage in enumerate(self.storages)]
         self.record = KeptRecord(self.log)
         if self.case.directory != "/directory":
             self.record.path = "/elsewhere" + "/directory" * 60 + "/bitmaps.transaction"
@@ -213,12 +241,28 @@ class Work:
         self.close()
 
 
+def _built(builder: ImageBuilder) -> tuple[bytes, bytes | None]:
+    """The image file and the data file."""
+    with tempfile.TemporaryDirectory(prefix="transaction-") as folder:
+        if builder.data_path is not None:
+            builder.data_path = Path(folder) / "data"
+        image = builder.build(Path(folder) / "image").path.read_bytes()
+        return image, None if builder.data_path is None else builder.data_path.read_bytes().ljust(DISK, b"\0")
+
+
+def _with_data(built: list[tuple[bytes, bytes | None]]) -> list[int]:
+    return [number for number, (_, data) in enumerate(built) if data is not None]
+
+
 def judge(state: State, work: Work) -> set[str]:
     """T1 to T5, for everything that the record may be; on which sides the images are then. Raises WrongError."""
     found: set[str] = set()
     contents = [bytes(file.content()) for file in state.files]
     for told in work.record.possible(state):
-        sides = [judge_one(number, content, told, work) for number, content in enumerate(contents)]
+        sides = [
+            judge_one(number, contents[number], told, work, _data_of(number, contents, work))
+            for number in range(len(work.images))
+        ]
         known = set(sides) - {EITHER}
         if len(known) > 1:
             raise WrongError(f"T2: the images are {sides}, the record {told!r}")
@@ -230,12 +274,21 @@ def judge(state: State, work: Work) -> set[str]:
     return found
 
 
-def judge_one(number: int, content: bytes, told: bytes | None, work: Work) -> str:
-    """T1, T3, T4, T5 for one image; "old", "new" or EITHER. Raises WrongError."""
+def _data_of(number: int, contents: list[bytes], work: Work) -> bytes | None:
+    """The data file of an image among the files that a crash has left, if they are among them."""
+    place = work.data_numbers.get(number, len(contents))
+    return contents[place] if place < len(contents) else None
+
+
+def judge_one(number: int, content: bytes, told: bytes | None, work: Work, data: bytes | None = None) -> str:
+    """T1, T3, T4, T5 for one image; "old", "new" or EITHER. Its data file, if it has one, is `data`, None for what it
+    is now. Raises WrongError."""
+    if data is None and number in work.data:
+        data = bytes(work.data[number].content)
     _sound(content, f"image {number}")
     is_marked = mark_of(read_header(MemoryStorage(content))) is not None
     seen = _seen(content, told)
-    settled = settle(content, told)
+    settled = settle(content, told, data=data)
     report = _sound(settled, f"image {number}, settled")
     names = [bitmap.name for bitmap in report.bitmaps]
     if names != seen:
@@ -243,7 +296,10 @@ def judge_one(number: int, content: bytes, told: bytes | None, work: Work) -> st
     side = _side(report, number, work.case)
     if is_marked and any(bitmap.granules is None for bitmap in report.bitmaps):
         raise WrongError(f"T5: image {number} is {side} with a bitmap in use")
-    _check_bits(report, number, side, settled, work)
+    view = read_disk(open_readable(MemoryStorage(settled), None if data is None else MemoryStorage(data)))
+    if report.header.autoclear_features & RAW_DATA_FILE and (data is None or data[:DISK] != view):
+        raise WrongError(f"the raw data file of image {number} is not the disk")
+    _check_bits(report, number, side, view, work)
     return side
 
 
@@ -264,7 +320,9 @@ def _seen(content: bytes, told: bytes | None) -> list[bytes]:
         raise WrongError(f"T3: the bitmaps cannot be read: {error!r}") from error
 
 
-def settle(content: bytes, told: bytes | None, storage: MemoryStorage | None = None) -> bytes:
+def settle(
+    content: bytes, told: bytes | None, storage: MemoryStorage | None = None, data: bytes | None = None
+) -> bytes:
     """The image as it is once it has been opened for writing. Raises WrongError."""
     storage = storage or MemoryStorage(content)
     stored = read_header(storage)
@@ -272,7 +330,7 @@ def settle(content: bytes, told: bytes | None, storage: MemoryStorage | None = N
         header = unfinished.look_up(stored, read_kept(told), "image")
         if header is not stored:
             unfinished.store(storage, stored, header)
-        open_in_memory(storage)
+        open_in_memory(storage, None if data is None else MemoryStorage(data))
     except Exception as error:
         raise WrongError(f"T1: the image cannot be opened: {error!r}") from error
     return bytes(storage.content)
@@ -290,9 +348,8 @@ def _side(report: Report, number: int, case: Case) -> str:
     raise WrongError(f"T2: image {number} has the bitmaps {found}")
 
 
-def _check_bits(report: Report, number: int, side: str, content: bytes, work: Work) -> None:
+def _check_bits(report: Report, number: int, side: str, view: bytes, work: Work) -> None:
     """T4."""
-    view = read_disk(open_readable(MemoryStorage(content)))
     before = bytearray(work.bases[number])
     if number == 0:
         before[5 * GRANULE : 7 * GRANULE] = text("before", 5 * GRANULE, 2 * GRANULE)
@@ -323,14 +380,14 @@ def _changed(view: bytes, base: bytes) -> set[int]:
 def judge_settling(state: State, work: Work) -> None:
     """T6: every state that a crash leaves of settling each image settles to the same. Raises WrongError."""
     for told in work.record.possible(state):
-        for number, file in enumerate(state.files):
-            content = bytes(file.content())
-            log = Log()
-            settled = settle(content, told, RecordingStorage(log, 0, content))
+        contents = [bytes(file.content()) for file in state.files]
+        for number, content in enumerate(contents[: len(work.images)]):
+            log, data = Log(), _data_of(number, contents, work)
+            settled = settle(content, told, RecordingStorage(log, 0, content), data)
             side = _side(check_image(settled), number, work.case)
             crashes = Crashes(log, (content,))
             for plan in crashes.plans():
-                again = judge_one(number, bytes(crashes.state(plan).files[0].content()), told, work)
+                again = judge_one(number, bytes(crashes.state(plan).files[0].content()), told, work, data)
                 if again != side:
                     raise WrongError(f"T6: image {number} was {side} and is {again} after another crash")
 
@@ -348,7 +405,8 @@ def judge_recovery(name: str) -> int:
     log = Log()
     work.record = KeptRecord(log, versions=[(0, decided)])
     for number, content in enumerate(contents):
-        settle(content, decided, RecordingStorage(log, number, content))
+        data = bytes(work.data[number].content) if number in work.data else None
+        settle(content, decided, RecordingStorage(log, number, content), data)
     work.record.remove()
     work.start = work.end = 0
     crashes = Crashes(log, contents)

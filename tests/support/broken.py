@@ -326,6 +326,25 @@ def with_gaps(folder: Path, *, extended_l2: bool = False) -> Image:
     return image
 
 
+def with_wrong_flags(folder: Path, *, raw: bool) -> Image:
+    """On a data file: flags of L1 and L2 entries that lack, refcounts of tables that are wrong."""
+    image = whole(lambda: on_data_file(folder, raw=raw), folder)
+    image.flip(image.entry(3), COPIED)
+    image.flip(image.entry(7), COPIED)
+    image.flip(image.built.l1_entry_offset(0), COPIED)
+    image.set_refcount(image.built.l2_offsets[0], 2)
+    image.set_refcount(_free_cluster(image), 1)
+    return image
+
+
+def dirty_with_data_file(folder: Path, *, raw: bool) -> Image:
+    """As a program with lazy refcounts leaves an image with a data file that it was killed over."""
+    image = whole(lambda: on_data_file(folder, raw=raw), folder)
+    image.set_field("incompatible_features", 4 | 1)
+    _zero_blocks(image)
+    return image
+
+
 def with_aliases(folder: Path, base: Callable[[], ImageBuilder] = plain) -> Image:
     """Three guest clusters in one host cluster; refcounts and flags say so."""
     image = whole(base, folder)

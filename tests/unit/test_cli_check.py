@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from qcow2_plugin.adapters.cli import check as module
+from qcow2_plugin.adapters.cli import progress as progress_module
 from qcow2_plugin.errors import OptionError
 from qcow2_plugin.operations.check import check
 from qcow2_plugin.storage.opener import open_given
@@ -152,8 +153,8 @@ def test_progress_on_a_terminal(monkeypatch: pytest.MonkeyPatch, asked: bool, af
     """Shown when it is asked for or takes long, in one line that is gone in the end."""
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
-    monkeypatch.setattr(module, "_UNASKED_AFTER", after)
-    progress = module._Progress(asked=asked)
+    monkeypatch.setattr(progress_module, "_UNASKED_AFTER", after)
+    progress = progress_module.Progress("checked", asked=asked)
     for done in range(0, 1000, 5):
         progress.tell(done, 1000)
     progress.clear()

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, NoReturn
 
 from qcow2_plugin.adapters.cli import text
+from qcow2_plugin.adapters.cli.progress import Progress
 from qcow2_plugin.errors import printable
 
 if TYPE_CHECKING:
@@ -54,8 +54,6 @@ _TOLD = 20
 """Findings of one kind that are told one by one, unless all are asked for."""
 _LISTED = 10000
 """Findings of one kind that --findings lists."""
-_UNASKED_AFTER = 2.0
-"""Seconds after which progress is shown on a terminal."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -130,7 +128,7 @@ def _run(arguments: argparse.Namespace) -> int:
     from qcow2_plugin.operations.check import check
     from qcow2_plugin.storage.opener import Policy
 
-    progress = _Progress(asked=arguments.progress)
+    progress = Progress("checked", asked=arguments.progress)
     try:
         result = check(
             arguments.image,
@@ -156,32 +154,6 @@ def _run(arguments: argparse.Namespace) -> int:
         sys.stdout.flush()
         print(f"qcow2: error: the check was not completed: {result.aborted}", file=sys.stderr)
     return result.exit_code
-
-
-class _Progress:
-    """Shows on stderr how far the work is: if asked for, or on a terminal when it takes long."""
-
-    def __init__(self, *, asked: bool) -> None:
-        self._asked = asked
-        self._on_terminal = sys.stderr.isatty()
-        self._start = time.monotonic()
-        self._shown = -1
-
-    def tell(self, done: int, total: int) -> None:
-        """`done` of `total` is done."""
-        if not self._asked and not (self._on_terminal and time.monotonic() - self._start > _UNASKED_AFTER):
-            return
-        percent = 100 * done // max(total, 1)
-        if percent == self._shown or (not self._on_terminal and percent < self._shown + 10 and percent >= self._shown):
-            return
-        self._shown = percent
-        print(f"\r{percent:3} % checked" if self._on_terminal else f"{percent} % checked", end="", file=sys.stderr)
-        print("", end="" if self._on_terminal else "\n", file=sys.stderr, flush=True)
-
-    def clear(self) -> None:
-        """The work is over."""
-        if self._on_terminal and self._shown >= 0:
-            print("\r" + " " * 16 + "\r", end="", file=sys.stderr, flush=True)
 
 
 # ---- single findings

@@ -52,6 +52,12 @@ def warn(message: str) -> None:
     print(f"qcow2: note: {message}", file=sys.stderr)
 
 
+def warn_of_trust(role: str, name: str | bytes) -> None:
+    """A note about a name in an image that the usual policy does not follow."""
+    option = role.replace(" ", "-")
+    warn(f'the {role} is recorded as "{printable(name)}"; to open the image takes --policy=trusted or --{option}')
+
+
 def _message(error: Exception) -> str:
     if not isinstance(error, OSError):
         return str(error)

@@ -81,7 +81,7 @@ def refusal(mark: Mark, reason: str, path: str) -> UnfinishedTransactionError:
 
 
 def store(storage: WritableStorage, stored: Header, settled: Header) -> None:
-    """Put `settled` in the place of the header `stored`, durably.
+    """Put `settled`, of other extensions, autoclear features or backing file, in the place of `stored`, durably.
 
     Raises HeaderFullError, OSError; then the one or the other is there.
     """
@@ -90,7 +90,11 @@ def store(storage: WritableStorage, stored: Header, settled: Header) -> None:
     from qcow2_plugin.engine.image_file import ImageFile, MetadataMap, Structure  # who only looks need not wait for it
 
     file = ImageFile(storage, stored, MetadataMap([(Structure.HEADER, np.zeros(1, dtype=np.int64))]))
-    file.update_header(extensions=settled.extensions, autoclear_features=settled.autoclear_features)
+    file.update_header(
+        extensions=settled.extensions,
+        autoclear_features=settled.autoclear_features,
+        backing_file=settled.backing_file,
+    )
     file.barrier()
 
 
