@@ -10,7 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from . import care, memory, nbd, report, tools, writes
+from . import care, export, memory, nbd, report, tools, writes
 from .processes import BenchError
 from .settings import Settings
 
@@ -25,6 +25,7 @@ FAMILIES = (
     tools.infos,
     tools.opens,
     care.measure,
+    export.measure,
     memory.measure,
 )
 """Each yields its table, then fills it: what was measured before something fails is kept."""
@@ -43,7 +44,7 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
         default="",
         metavar="TEXT",
         help='only measurements with this in their name, such as "fio plain", "write plain", "fresh", "depth 32", '
-        '"create", "map", "info", "care", "memory"',
+        '"create", "map", "info", "care", "export", "memory"',
     )
     parser.add_argument("--json", type=Path, default=Path("bench.json"), metavar="FILE", help="(default: bench.json)")
     parser.add_argument(

@@ -1,0 +1,334 @@
+"""Copying the disk of an image out, to a file or device that holds nothing but that disk.
+
+**Pieces.** The disk is told as extents, one L2 table at a time, and cut into pieces: bytes that stand as they are in
+some file of the chain, and ranges that only the image can read (compressed clusters). Workers take the pieces one by
+one, in order; whoever takes the next one holds the lock of the list, and nothing else is locked.
+
+**Ways.** A piece that stands in a file goes by the first way that works: shared blocks, if the file system has them;
+the kernel's own copy, if that is asked for; else through a buffer that stays in the processor's cache, from which
+granules of zeros are not written. Holes of the file that it stands in are passed over. An image that is open for
+writing is read through the image alone, since what stands where may change under the copy.
+
+**Zeros.** In a new file they are there already. On a device (`is_empty` False) everything that is not data is written
+as zeros.
+"""
+
+from __future__ import annotations
+
+import threading
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from qcow2_plugin.engine.image import Image
+from qcow2_plugin.engine.raw import RawDisk
+from qcow2_plugin.engine.zeros import data_runs
+from qcow2_plugin.errors import Qcow2Error
+from qcow2_plugin.extent import Extent, ExtentKind, GuestDisk
+from qcow2_plugin.storage import Storage
+from qcow2_plugin.storage.file import FileStorage
+from qcow2_plugin.storage.offload import Offload
+
+_CHUNK = 256 << 10
+_PIECE = 8 << 20
+_SHARED_PIECE = 1 << 30
+_ZERO_PIECE = 64 << 20
+_REMEMBERED = 4096
+"""Ranges of data in one file."""
+
+Progress = Callable[[int, int], None]
+
+
+class Options(NamedTuple):
+    """How to copy. `granule` is the least run of zeros, in bytes (whole sectors), that is not written; 0: none."""
+
+    granule: int
+    may_share: bool
+    may_copy: bool
+    is_empty: bool
+    """The target reads as zeros wherever nothing is written to it."""
+    threads: int
+
+
+@dataclass(slots=True)
+class Copied:
+    """Bytes, by the way they went."""
+
+    written: int = 0
+    shared: int = 0
+    offloaded: int = 0
+    zeros: int = 0
+
+    def add(self, other: Copied) -> None:
+        """Both together."""
+        self.written += other.written
+        self.shared += other.shared
+        self.offloaded += other.offloaded
+        self.zeros += other.zeros
+
+
+class _Source:
+    """A file of the chain in which guest data stand, and what is known of it."""
+
+    def __init__(self, storage: Storage, target: FileStorage, options: Options) -> None:
+        self.storage = storage
+        self.offload: Offload | None = None
+        if isinstance(storage, FileStorage) and (options.may_share or options.may_copy):
+            self.offload = Offload(storage, target, may_share=options.may_share, may_copy=options.may_copy)
+        self._starts: list[int] = []
+        self._stops: list[int] = []
+
+    def ranges(self, host_offset: int, length: int) -> Iterator[tuple[int, int, bool]]:
+        """The range, as `Storage.data_ranges` tells it.
+
+        What the file is asked once is remembered, because to some file systems the way to the next hole is long.
+        """
+        end = host_offset + length
+        while host_offset < end:
+            known = bisect_right(self._starts, host_offset)
+            if known and host_offset < self._stops[known - 1]:
+                stop, is_data = self._stops[known - 1], True
+            else:
+                stop, is_data = self._ask(host_offset, end)
+            stop = min(stop, end)
+            yield host_offset, stop - host_offset, is_data
+            host_offset = stop
+
+    def _ask(self, host_offset: int, end: int) -> tuple[int, bool]:
+        """Where the data or the hole at `host_offset` ends, as far as that is not behind both `end` and the file."""
+        reach = max(self.storage.size(), end) - host_offset
+        _, length, is_data = next(iter(self.storage.data_ranges(host_offset, reach)))
+        if is_data:
+            if len(self._starts) == _REMEMBERED:
+                self._starts.clear()
+                self._stops.clear()
+            place = bisect_right(self._starts, host_offset)
+            self._starts.insert(place, host_offset)
+            self._stops.insert(place, host_offset + length)
+        return host_offset + length, is_data
+
+
+class _Piece(NamedTuple):
+    """`source` None: only the image can read it; `is_zero`: nothing is to be read at all."""
+
+    guest_offset: int
+    length: int
+    source: _Source | None = None
+    host_offset: int = 0
+    is_zero: bool = False
+
+
+@dataclass(slots=True)
+class _Pieces:
+    """What is left to do, for all workers. After an error nothing is."""
+
+    pieces: Iterator[_Piece]
+    total: int
+    progress: Progress | None
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    error: BaseException | None = None
+
+    def take(self) -> _Piece | None:
+        """The next piece; None if there is none. Raises what telling the extents does."""
+        with self.lock:
+            if self.error is not None:
+                return None
+            piece = next(self.pieces, None)
+            if piece is not None and self.progress is not None:
+                self.progress(piece.guest_offset, self.total)
+            return piece
+
+    def fail(self, error: BaseException) -> None:
+        """The first error is what stopped the work."""
+        with self.lock:
+            self.error = self.error or error
+
+
+def copy_out(image: Image, target: FileStorage, options: Options, progress: Progress | None = None) -> Copied:
+    """Let the first `image.virtual_size` bytes of `target` be the disk, which `target` is long enough for.
+
+    `progress` is told (done, total) bytes, by any of the threads. Raises what reading the image does, OSError of any
+    of the files with its path; then any part may be written.
+    """
+    work = _Pieces(_pieces(image, target, options), image.virtual_size, progress)
+    workers = [_Worker(image, target, options, work) for _ in range(options.threads)]
+    threads = [threading.Thread(target=worker.run) for worker in workers[1:]]
+    try:
+        for thread in threads:
+            thread.start()
+        workers[0].run()
+    except BaseException as error:  # an interruption, or no room for a thread
+        work.fail(error)
+        raise
+    finally:
+        for thread in threads:
+            if thread.ident is not None:
+                thread.join()
+    if work.error is not None:
+        raise work.error
+    if progress is not None:
+        progress(image.virtual_size, image.virtual_size)
+    total = Copied()
+    for worker in workers:
+        total.add(worker.copied)
+    total.zeros = image.virtual_size - total.written - total.shared - total.offloaded
+    return total
+
+
+def data_storages(image: Image) -> list[Storage]:
+    """The file that keeps the guest's data of each layer, by depth."""
+    storages: list[Storage] = []
+    disk: GuestDisk | None = image
+    while isinstance(disk, Image):
+        storages.append(disk.layer.data)
+        disk = disk.layer.backing
+    if isinstance(disk, RawDisk):
+        storages.append(disk.storage)
+    return storages
+
+
+def _pieces(image: Image, target: FileStorage, options: Options) -> Iterator[_Piece]:
+    sources = [_Source(storage, target, options) for storage in data_storages(image)]
+    stands_still = not image.writable
+    for extent in image.extents():
+        if extent.kind is ExtentKind.COMPRESSED or (extent.kind is ExtentKind.DATA and not stands_still):
+            yield from _cut(_Piece(extent.guest_offset, extent.length), _PIECE)
+        elif extent.kind is ExtentKind.DATA and extent.host_offset is not None:
+            yield from _standing(extent, extent.host_offset, sources[extent.depth], options)
+        elif not options.is_empty:
+            yield from _cut(_Piece(extent.guest_offset, extent.length, is_zero=True), _ZERO_PIECE)
+
+
+def _standing(extent: Extent, host_offset: int, source: _Source, options: Options) -> Iterator[_Piece]:
+    """The pieces of an extent that stands in a file."""
+    shift = extent.guest_offset - host_offset
+    for start, length, is_data in source.ranges(host_offset, extent.length):
+        if not is_data:
+            if not options.is_empty:
+                yield from _cut(_Piece(start + shift, length, is_zero=True), _ZERO_PIECE)
+            continue
+        done = 0
+        while done < length:
+            limit = _SHARED_PIECE if source.offload is not None and source.offload.shares else _PIECE
+            step = min(length - done, limit - (start + shift + done) % _CHUNK)
+            yield _Piece(start + shift + done, step, source, start + done)
+            done += step
+
+
+def _cut(piece: _Piece, limit: int) -> Iterator[_Piece]:
+    """The piece in parts that end where multiples of `limit` do."""
+    offset, end = piece.guest_offset, piece.guest_offset + piece.length
+    while offset < end:
+        step = min(end - offset, limit - offset % limit)
+        yield piece._replace(guest_offset=offset, length=step)
+        offset += step
+
+
+class _Worker:
+    """One thread of the work, with a buffer of its own."""
+
+    def __init__(self, image: Image, target: FileStorage, options: Options, work: _Pieces) -> None:
+        self.copied = Copied()
+        self._image = image
+        self._target = target
+        self._work = work
+        self._is_empty = options.is_empty
+        self._granule = options.granule or _CHUNK
+        self._skips_zeros = options.granule > 0
+        self._size = self._granule * max(_CHUNK // self._granule, 1)
+        self._buffer = memoryview(bytearray(self._size))
+
+    def run(self) -> None:
+        """Work until nothing is left, or somebody failed."""
+        try:
+            while piece := self._work.take():
+                self._move(piece)
+        except BaseException as error:
+            self._work.fail(error)
+
+    def _move(self, piece: _Piece) -> None:
+        if piece.is_zero:
+            with _about(self._target):
+                self._target.write_zeroes(piece.guest_offset, piece.length, may_punch=True)
+        elif piece.source is None:
+            self._through_buffer(self._image.read_into, piece.guest_offset, piece.guest_offset, piece.length)
+        elif piece.source.offload is None:
+            self._from_file(piece.source.storage, piece.host_offset, piece.guest_offset, piece.length)
+        else:
+            self._offloaded(piece.source, piece.source.offload, piece)
+
+    def _offloaded(self, source: _Source, offload: Offload, piece: _Piece) -> None:
+        """What cannot be shared lies at both ends of what can."""
+        with _about(self._target):
+            head, shared = offload.share(piece.host_offset, piece.guest_offset, piece.length)
+        self.copied.shared += shared
+        for start, end in ((0, head), (head + shared, piece.length)):
+            if start == end:
+                continue
+            with _about(self._target):
+                done = offload.copy(piece.host_offset + start, piece.guest_offset + start, end - start)
+            self.copied.offloaded += done
+            if start + done < end:
+                at = start + done
+                self._from_file(source.storage, piece.host_offset + at, piece.guest_offset + at, end - at)
+
+    def _from_file(self, storage: Storage, host_offset: int, guest_offset: int, length: int) -> None:
+        with _about(storage):
+            self._through_buffer(storage.read_into, host_offset, guest_offset, length)
+
+    def _through_buffer(
+        self, read_into: Callable[[memoryview, int], None], offset: int, guest_offset: int, length: int
+    ) -> None:
+        """Chunks end where the granules of the guest do, so the buffer begins with what of a granule is not asked."""
+        end = guest_offset + length
+        while guest_offset < end:
+            skipped = guest_offset % self._granule
+            count = min(self._size - skipped, end - guest_offset)
+            chunk = self._buffer[skipped : skipped + count]
+            read_into(chunk, offset)
+            with _about(self._target):
+                self._write(chunk, skipped, guest_offset)
+            offset += count
+            guest_offset += count
+
+    def _write(self, chunk: memoryview, skipped: int, guest_offset: int) -> None:
+        """Write what of `chunk` is not zeros; it stands behind `skipped` bytes of the buffer."""
+        count = len(chunk)
+        runs = [(0, count)]
+        if self._skips_zeros:
+            runs = self._runs(skipped, count)
+        if not self._is_empty:
+            runs = [(0, count)] if runs else []
+        for start, stop in runs:
+            self._target.write_from(chunk[start:stop], guest_offset + start)
+            self.copied.written += stop - start
+        if not runs and not self._is_empty:
+            self._target.write_zeroes(guest_offset, count, may_punch=True)
+
+    def _runs(self, skipped: int, count: int) -> list[tuple[int, int]]:
+        stop = skipped + count
+        whole = -(-stop // self._granule) * self._granule
+        if skipped or whole != stop:
+            self._buffer[:skipped] = bytes(skipped)
+            self._buffer[stop:whole] = bytes(whole - stop)
+        found = data_runs(self._buffer[:whole], self._granule)
+        if not skipped and whole == stop:
+            return found
+        return [(max(start - skipped, 0), min(end - skipped, count)) for start, end in found]
+
+
+class _about:
+    """An OSError inside that has no file is about that of `storage`. A class: it stands in the way of every chunk."""
+
+    __slots__ = ("_storage",)
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, OSError) and not isinstance(error, Qcow2Error) and error.filename is None:
+            error.filename = self._storage.path

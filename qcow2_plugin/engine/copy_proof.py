@@ -1,0 +1,58 @@
+"""Is a copy of a disk that disk? Both are read again, and nothing that made the copy is believed.
+
+The image is read through its own read path, wherever its tables do not say zeros; what the file systems said of holes
+while copying counts for nothing. Where the tables say zeros the copy is looked at, if only where it has no hole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from qcow2_plugin.engine.copy_out import data_storages
+from qcow2_plugin.engine.image import Image
+from qcow2_plugin.extent import ExtentKind
+from qcow2_plugin.storage import Storage
+
+_CHUNK = 1 << 20
+_ZEROS = bytes(_CHUNK)
+
+Progress = Callable[[int, int], None]
+
+
+def first_difference(image: Image, copy: Storage, progress: Progress | None = None) -> int | None:
+    """Guest offset of the first byte that `copy` has otherwise, None if there is none. Raises what reading does."""
+    raw_depth = _depth_of_raw(image)
+    ours, theirs = memoryview(bytearray(_CHUNK)), memoryview(bytearray(_CHUNK))
+    for extent in image.extents():
+        offset, end = extent.guest_offset, extent.guest_offset + extent.length
+        if extent.depth != raw_depth and extent.kind in (ExtentKind.ZERO, ExtentKind.UNALLOCATED):
+            for start, length, is_data in copy.data_ranges(offset, end - offset):
+                for place in range(start, start + length if is_data else start, _CHUNK):
+                    part = theirs[: min(_CHUNK, start + length - place)]
+                    copy.read_into(part, place)
+                    if part != _ZEROS[: len(part)]:
+                        return place + _first_unequal(part, memoryview(_ZEROS))
+            continue
+        for place in range(offset, end, _CHUNK):
+            count = min(_CHUNK, end - place)
+            image.read_into(ours[:count], place)
+            copy.read_into(theirs[:count], place)
+            if ours[:count] != theirs[:count]:
+                return place + _first_unequal(ours[:count], theirs[:count])
+            if progress is not None:
+                progress(place, image.virtual_size)
+    return None
+
+
+def _depth_of_raw(image: Image) -> int | None:
+    """The depth of the raw file below, if there is one: its zeros are holes, which only the file system vouches for."""
+    depth = 0
+    disk = image.layer.backing
+    while isinstance(disk, Image):
+        depth += 1
+        disk = disk.layer.backing
+    return depth + 1 if len(data_storages(image)) > depth + 1 else None
+
+
+def _first_unequal(first: memoryview, second: memoryview) -> int:
+    return next(index for index, (one, other) in enumerate(zip(first, second, strict=False)) if one != other)
