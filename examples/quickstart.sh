@@ -4,7 +4,7 @@
 #   bash examples/quickstart.sh [IMAGE]
 #
 # Installs what is missing, serves IMAGE through nbdkit, shows what a client sees, copies the disk out, compares the
-# copy with what qemu-img reads, and prints what to type next. Without IMAGE it makes a small one, whose data is in a
+# copy with what qemu-img reads, looks into the guest where libguestfs is installed, and prints what to type next. Without IMAGE it makes a small one, whose data is in a
 # second file. IMAGE is only read, never changed. Of a disk beyond 4 GiB only the first GiB is copied, and never more
 # than half of the free space below TMPDIR (/var/tmp when unset) is used; all of it is given back.
 set -euo pipefail
@@ -31,6 +31,7 @@ main() {
     serve "nbdinfo --map \"\$uri\"" | first_lines
 
     copy_and_compare
+    look_inside
     print_next
 }
 
@@ -81,6 +82,18 @@ copy_and_compare() {
 
     heading "Compared with what qemu-img reads$note"
     run qemu-img compare "${original[@]}" || die "qemu-img does not find the same bytes"
+}
+
+# What libguestfs finds in the guest. An image without one is no failure, nor is a machine without libguestfs.
+look_inside() {
+    heading "The guest, as libguestfs sees it"
+    if ! /usr/bin/python3 -I -c 'import guestfs' 2>/dev/null; then
+        echo "skipped: libguestfs is not installed (apt install python3-guestfs, dnf install python3-libguestfs)"
+    elif [[ -z $given ]]; then
+        echo "skipped: there is no guest in the small image"
+    else
+        run "$root/.venv/bin/qcow2" inspect "$image" || echo "skipped: the reason is above"
+    fi
 }
 
 # portion_of SIZE: how many bytes of the disk to copy.

@@ -10,9 +10,13 @@
 The house, top floor first; imports point down only:
 
     adapters      translation, no logic: `nbd` (connections), `exports` and `command_line` (nbdkit's), `cli` (the
-                  `qcow2` command)
+                  `qcow2` command), `nbdkit_process` (nbdkit as a child), `guestfs` (drives for libguestfs, and what it
+                  finds in a guest)
     operations    verbs over whole images, one module each: `create`, `info`, `map`, `vet`, `resize`, `check`,
-                  `snapshots`, `bitmaps`, `bitmap_health`, `transaction` (bitmaps of several images), `amend`, ...
+                  `snapshots`, `bitmaps`, `bitmap_health`, `transaction` (bitmaps of several images), `amend`, `adopt`
+                  and `detach` (a raw disk gets an image and loses it), `relocate` (names of other files),
+                  `export` (a raw copy of the disk), `raw_view` (the data file as that disk), ...;
+                  `new_image` and `new_files` are what images are made with
     engine        one image. Reading: `chain` opens it with all that is below, `image` is the data path, `mapping` says
                   where guest ranges live, `tables` keeps what was read of the L1 and L2 tables, `codec` decompresses,
                   `layout` tells whether the file is all there.
@@ -21,7 +25,9 @@ The house, top floor first; imports point down only:
                   to disk in order, `requests` knows who is still moving data, `image_file` lets no write go where it
                   does not belong, `metadata` finds every structure, `first_change` puts right what must be.
                   Changing it as a whole: `standing_still` gives the time, `resizing` another size, `amending` another
-                  kind (with `refcount_width` and `zero_expansion`), `header_rewrite` plans another header.
+                  kind (with `refcount_width` and `zero_expansion`), `header_rewrite` plans another header,
+                  `data_file_proof` tells whether a data file is the disk.
+                  Copying it out: `copy_out` moves the data (`zeros` finds what need not move), `copy_proof` compares.
       checking    `check` says what is looked for, `check_structures`, `check_tables`, `check_refcounts` and
                   `check_data_file` look, `references` and `table_references` count, `findings` collects
       repairing   `repair` says in which order, `repair_entries`, `repair_refcounts`, `repair_snapshots` and
@@ -34,8 +40,8 @@ The house, top floor first; imports point down only:
                   `bitmaps` and `dirty` read them, `tracking` keeps them true, `bitmap_changes` brings other ones by one
                   switch (`bitmap_plan` says which, `bitmap_content` what they mark), `bitmap_survey` looks at damaged
                   ones, `unfinished` at images in the middle of a transaction
-    storage       where bytes live: `file`, `space`, `copying`, `locks`, `directory`, and `opener`, the only way from a
-                  name to an open file
+    storage       where bytes live: `file`, `space`, `copying`, `offload`, `device`, `locks`, `directory`, and
+                  `opener`, the only way from a name to an open file
     format        bytes <-> values, pure: `header`, `geometry`, `entries`, `refcounts`, `snapshots`, `bitmaps`, ...
     extent, errors    the words that all of them share
 
@@ -60,6 +66,7 @@ if TYPE_CHECKING:
     from qcow2_plugin.engine.dirty_bitmaps.bitmap_plan import BitmapChange, BitmapVerb
     from qcow2_plugin.engine.image import Image
     from qcow2_plugin.extent import Extent, ExtentKind, GuestDisk
+    from qcow2_plugin.operations.adopt import Adopted, adopt
     from qcow2_plugin.operations.amend import amend
     from qcow2_plugin.operations.bitmap_health import BitmapHealth, BitmapState, bitmap_health
     from qcow2_plugin.operations.bitmap_pruning import drop_bitmaps, prune_bitmaps
@@ -75,8 +82,12 @@ if TYPE_CHECKING:
     )
     from qcow2_plugin.operations.check import check
     from qcow2_plugin.operations.create import create_image
+    from qcow2_plugin.operations.detach import Detached, detach
+    from qcow2_plugin.operations.export import ExportResult, export_as_data_file, export_raw
     from qcow2_plugin.operations.info import ImageInfo, info
     from qcow2_plugin.operations.map import MapEntry, map_image
+    from qcow2_plugin.operations.raw_view import RawView, raw_view
+    from qcow2_plugin.operations.relocate import Relocated, attach, relocate
     from qcow2_plugin.operations.resize import resize
     from qcow2_plugin.operations.snapshots import (
         ListedSnapshot,
@@ -90,11 +101,14 @@ if TYPE_CHECKING:
     from qcow2_plugin.storage.opener import Policy
 
 __all__ = [
+    "Adopted",
     "BitmapChange",
     "BitmapHealth",
     "BitmapState",
     "BitmapVerb",
     "CheckResult",
+    "Detached",
+    "ExportResult",
     "Extent",
     "ExtentKind",
     "Finding",
@@ -105,10 +119,14 @@ __all__ = [
     "ListedSnapshot",
     "MapEntry",
     "Policy",
+    "RawView",
+    "Relocated",
     "Verdict",
     "add_bitmap",
+    "adopt",
     "amend",
     "apply_snapshot",
+    "attach",
     "bitmap_health",
     "bitmap_transaction",
     "change_bitmaps",
@@ -117,9 +135,12 @@ __all__ = [
     "create_image",
     "create_snapshot",
     "delete_snapshot",
+    "detach",
     "disable_bitmap",
     "drop_bitmaps",
     "enable_bitmap",
+    "export_as_data_file",
+    "export_raw",
     "forget_transaction",
     "info",
     "list_snapshots",
@@ -127,7 +148,9 @@ __all__ = [
     "merge_bitmap",
     "open_image",
     "prune_bitmaps",
+    "raw_view",
     "recover_transaction",
+    "relocate",
     "remove_bitmap",
     "resize",
     "rotate_bitmap",
@@ -136,11 +159,14 @@ __all__ = [
 
 if not TYPE_CHECKING:  # a checker that saw __getattr__ would take every name for public
     _HOMES = {
+        "Adopted": "operations.adopt",
         "BitmapChange": "engine.dirty_bitmaps.bitmap_plan",
         "BitmapHealth": "operations.bitmap_health",
         "BitmapState": "operations.bitmap_health",
         "BitmapVerb": "engine.dirty_bitmaps.bitmap_plan",
         "CheckResult": "engine.checking.findings",
+        "Detached": "operations.detach",
+        "ExportResult": "operations.export",
         "Extent": "extent",
         "ExtentKind": "extent",
         "Finding": "engine.checking.findings",
@@ -151,10 +177,14 @@ if not TYPE_CHECKING:  # a checker that saw __getattr__ would take every name fo
         "ListedSnapshot": "operations.snapshots",
         "MapEntry": "operations.map",
         "Policy": "storage.opener",
+        "RawView": "operations.raw_view",
+        "Relocated": "operations.relocate",
         "Verdict": "operations.vet",
         "add_bitmap": "operations.bitmaps",
+        "adopt": "operations.adopt",
         "amend": "operations.amend",
         "apply_snapshot": "operations.snapshots",
+        "attach": "operations.relocate",
         "bitmap_health": "operations.bitmap_health",
         "bitmap_transaction": "operations.transaction",
         "change_bitmaps": "operations.bitmaps",
@@ -163,9 +193,12 @@ if not TYPE_CHECKING:  # a checker that saw __getattr__ would take every name fo
         "create_image": "operations.create",
         "create_snapshot": "operations.snapshots",
         "delete_snapshot": "operations.snapshots",
+        "detach": "operations.detach",
         "disable_bitmap": "operations.bitmaps",
         "drop_bitmaps": "operations.bitmap_pruning",
         "enable_bitmap": "operations.bitmaps",
+        "export_as_data_file": "operations.export",
+        "export_raw": "operations.export",
         "forget_transaction": "operations.transaction",
         "info": "operations.info",
         "list_snapshots": "operations.snapshots",
@@ -173,7 +206,9 @@ if not TYPE_CHECKING:  # a checker that saw __getattr__ would take every name fo
         "merge_bitmap": "operations.bitmaps",
         "open_image": "engine.chain",
         "prune_bitmaps": "operations.bitmap_pruning",
+        "raw_view": "operations.raw_view",
         "recover_transaction": "operations.transaction",
+        "relocate": "operations.relocate",
         "remove_bitmap": "operations.bitmaps",
         "resize": "operations.resize",
         "rotate_bitmap": "operations.bitmaps",

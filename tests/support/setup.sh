@@ -2,7 +2,7 @@
 # Brings a machine on which nothing was installed by hand to where images can be served and tests can run:
 #
 #   bash tests/support/setup.sh [test | bench]    with either, fio with its nbd engine as well;
-#                                                 with "test", the Python packages that tests need too
+#                                                 with "test", libguestfs and the Python packages that tests need too
 #
 # Owns the list of system packages, and .venv. What is there already is left alone, so that a second run takes a
 # moment. examples/quickstart.sh and tests/run.sh start with it. It needs no terminal and no input; when it cannot go
@@ -35,6 +35,7 @@ main() {
         find_missing
         ((!${#missing[@]})) || die "still not usable after their installation: ${missing[*]} (log: $log)"
     fi
+    [[ $purpose != test ]] || allow_reading_kernel
     made_for_this_machine || make_venv
     installed_as_it_should_be || install_python_packages
     [[ -z $log ]] || rm -f -- "$log"
@@ -70,6 +71,38 @@ find_missing() {
     want python3-libnbd python3-libnbd "$python" -I -c 'import nbd'
     want qemu-utils qemu-img eval 'qemu-img --version && qemu-io --version && qemu-nbd --version'
     [[ -z $purpose ]] || want fio fio-engine-nbd fio --enghelp=nbd
+    [[ $purpose != test ]] || want strace strace have strace
+    [[ $purpose != test ]] || find_missing_for_guests
+}
+
+# libguestfs with what makes guests for it. It starts a copy of the kernel that it finds in /boot, which a container
+# may not have. The first launch takes a little longer, because it prepares the appliance.
+find_missing_for_guests() {
+    want e2fsprogs e2fsprogs eval 'have mke2fs && have debugfs'
+    want fdisk util-linux have sfdisk
+    want python3-guestfs python3-libguestfs "$python" -I -c 'import guestfs'
+    want guestfish /usr/bin/guestfish guestfish --version
+    want "$(kernel_package)" kernel-core eval 'compgen -G "/boot/vmlinu[xz]-*" || compgen -G "/lib/modules/*/vmlinuz"'
+}
+
+kernel_package() {
+    local ID=''
+    # shellcheck source=/dev/null
+    [[ ! -r /etc/os-release ]] || . /etc/os-release
+    if [[ $ID == ubuntu ]]; then
+        echo linux-image-virtual
+    else
+        echo "linux-image-$(dpkg --print-architecture 2>/dev/null || echo amd64)"
+    fi
+}
+
+# Ubuntu lets only root read its kernels.
+allow_reading_kernel() {
+    local kernel
+    for kernel in /boot/vmlinu[xz]-* /lib/modules/*/vmlinuz; do
+        [[ ! -r $kernel ]] || return 0
+    done
+    if may_sudo; then logged sudo sh -c 'chmod 0644 /boot/vmlinu[xz]-*' || true; fi
 }
 
 # want DEBIAN_NAME FEDORA_NAME PROBE...

@@ -2,7 +2,7 @@
 
 Exit codes: 0 done, 1 failed (one line on stderr says why), 2 wrong usage, 3 refused by `vet` or, by `bitmap health`, no
 incremental backup, 130 interrupted, 141 the reader went away; `serve` ends with the code of nbdkit or of its command,
-`check` with those of qemu-img (1 wrong usage too, 2 corruptions, 3 leaks).
+`guestfs --run` with that of its command, `check` with those of qemu-img (1 wrong usage too, 2 corruptions, 3 leaks).
 A verb's module is imported when the verb is asked for, and what its work needs when it runs.
 """
 
@@ -17,7 +17,28 @@ from typing import NoReturn
 from qcow2_plugin.adapters.cli import text
 from qcow2_plugin.errors import Qcow2Error
 
-_VERBS = frozenset(("amend", "bitmap", "check", "create", "info", "map", "resize", "serve", "snapshot", "vet"))
+_VERBS = frozenset(
+    (
+        "adopt",
+        "amend",
+        "attach",
+        "bitmap",
+        "cat",
+        "check",
+        "create",
+        "detach",
+        "export",
+        "guestfs",
+        "info",
+        "inspect",
+        "map",
+        "relocate",
+        "resize",
+        "serve",
+        "snapshot",
+        "vet",
+    )
+)
 _FAILED = 1
 _INTERRUPTED = 130
 _READER_GONE = 141

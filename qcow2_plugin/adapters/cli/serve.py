@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 
 from qcow2_plugin.adapters.cli import text
 
@@ -13,7 +12,6 @@ threads read three times as much as one, because the disk works on many at once;
 several only wait for their turn in Python, and four for compressed images."""
 DEFAULT_ADDRESS = "127.0.0.1"
 _PASSED_ON = ("data_file", "backing_file", "backing_format", "base_directory", "snapshot", "bitmap", "cache_size")
-_PATHS = frozenset({"data_file", "backing_file", "base_directory"})
 _FLAGS = ("allow_damaged", "force_share")
 _FOR_READING = ("snapshot", "bitmap", *_FLAGS)
 _DESCRIPTION = """\
@@ -77,7 +75,7 @@ def _run(arguments: argparse.Namespace) -> int:
         arguments.usage_error("--address goes with --port")
     for name in _FOR_READING if arguments.writable else ():
         if getattr(arguments, name):
-            arguments.usage_error(f"--{_key(name)} is for reading only, it does not go with --writable")
+            arguments.usage_error(f"--{name.replace('_', '-')} is for reading only, it does not go with --writable")
     return server.serve(
         _parameters(arguments),
         writable=arguments.writable,
@@ -91,18 +89,10 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _parameters(arguments: argparse.Namespace) -> list[str]:
     """The plugin's part of nbdkit's command line."""
-    parameters = [f"file={os.path.abspath(arguments.image)}", f"policy={arguments.policy}"]
-    parameters.append(f"readonly={'false' if arguments.writable else 'true'}")
-    for name in _PASSED_ON:
-        value = getattr(arguments, name)
-        if value is not None:
-            parameters.append(f"{_key(name)}={os.path.abspath(value) if name in _PATHS else value}")
-    parameters += [f"{_key(name)}=true" for name in _FLAGS if getattr(arguments, name)]
-    return parameters
+    from qcow2_plugin.adapters.nbdkit_process import plugin_parameters
 
-
-def _key(name: str) -> str:
-    return name.replace("_", "-")
+    options = {name: getattr(arguments, name) for name in (*_PASSED_ON, *_FLAGS)}
+    return plugin_parameters(arguments.image, writable=arguments.writable, policy=arguments.policy, **options)
 
 
 def _port(word: str) -> int:
