@@ -30,13 +30,14 @@ step lint "$python" -m ruff check .
 step layout "$python" -m ruff format --check .
 step types "$python" -m mypy
 
-printf '\n== tests (those of crashes beside all others, and told of in the end)\n'
+aside=(tests/crash tests/interop/test_guestfs.py tests/interop/test_examples.py)
+printf '\n== tests (those of crashes and guests beside all others, and told of in the end)\n'
 log=$(mktemp)
-"$python" -m pytest tests/crash >"$log" 2>&1 &
-crashes=$!
-trap 'kill "$crashes" 2>/dev/null; rm -f "$log"' EXIT
-"$python" -m pytest --ignore=tests/crash || failed+=(tests)
-wait "$crashes" || failed+=('tests of crashes')
+"$python" -m pytest "${aside[@]}" >"$log" 2>&1 &
+beside=$!
+trap 'kill "$beside" 2>/dev/null; rm -f "$log"' EXIT
+"$python" -m pytest "${aside[@]/#/--ignore=}" || failed+=(tests)
+wait "$beside" || failed+=('tests of crashes and guests')
 trap 'rm -f "$log"' EXIT # nothing is left to end, and a vain kill would be the status
 cat "$log"
 
