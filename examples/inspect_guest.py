@@ -20,7 +20,7 @@ def main(images: list[str]) -> None:
         print(f"{printable(guest.image)}: {len(guest.partitions)} partitions, read as {guest.kind}")
         for system in guest.operating_systems:
             words = (system.distribution, system.major, system.host_name, system.architecture)
-            print(f"  {system.device}:", *(printable(str(word)) for word in words if word is not None))
+            print(f"  {printable(system.device)}:", *(printable(str(word)) for word in words if word is not None))
         for each in guest.file_systems:
             if each.free is not None:
                 print(f"  {printable(each.device)}: {printable(each.type)}, {each.free >> 20} MiB free")

@@ -4,9 +4,10 @@
 #   bash examples/quickstart.sh [IMAGE]
 #
 # Installs what is missing, serves IMAGE through nbdkit, shows what a client sees, copies the disk out, compares the
-# copy with what qemu-img reads, looks into the guest where libguestfs is installed, and prints what to type next. Without IMAGE it makes a small one, whose data is in a
-# second file. IMAGE is only read, never changed. Of a disk beyond 4 GiB only the first GiB is copied, and never more
-# than half of the free space below TMPDIR (/var/tmp when unset) is used; all of it is given back.
+# copy with what qemu-img reads, looks into the guest where libguestfs is installed, and prints what to type next.
+# Without IMAGE it makes a small one, whose data is in a second file. IMAGE is only read, never changed. Of a disk beyond
+# 4 GiB only the first GiB is copied, and never more than half of the free space below TMPDIR (/var/tmp when unset) is
+# used; all of it is given back.
 set -euo pipefail
 
 readonly WHOLE_UP_TO=$((4 << 30)) PART=$((1 << 30)) MAP_LINES=16

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from qcow2_plugin.engine.chain import DEFAULT_CACHE_SIZE
 from qcow2_plugin.errors import Qcow2Error, printable
 from qcow2_plugin.format import names
+from qcow2_plugin.storage.directory import absolute_path
 from qcow2_plugin.storage.opener import Policy
 
 PARAMETERS = {
@@ -85,7 +86,7 @@ class Parameters:
             raise ParameterError(f'unknown parameter "{printable(key)}"; known are: {", ".join(PARAMETERS)}')
         name = _attribute(key)
         if key in _PATHS:
-            setattr(self, name, os.path.abspath(os.fsdecode(names.to_bytes(value))))
+            setattr(self, name, absolute_path(os.fsdecode(names.to_bytes(value))))
         elif key in _BOOLEANS:
             setattr(self, name, _boolean(key, value))
         elif key == "policy":

@@ -19,6 +19,7 @@ from typing import IO
 
 import qcow2_plugin
 from qcow2_plugin.errors import Qcow2Error, printable
+from qcow2_plugin.storage.directory import absolute_path
 
 _THREADS = 4
 """Requests worked on at once for a client that seldom has more than a few under way."""
@@ -45,15 +46,29 @@ class CannotServeError(Qcow2Error):
 def plugin_parameters(
     image: str | os.PathLike[str], *, writable: bool, policy: str, **options: str | os.PathLike[str] | bool | None
 ) -> list[str]:
-    """The plugin's part of nbdkit's command line. `options` are its other parameters; None and False are left out."""
-    parameters = [f"file={os.path.abspath(image)}", f"policy={policy}", f"readonly={'false' if writable else 'true'}"]
+    """The plugin's part of nbdkit's command line. `options` are its other parameters; None and False are left out.
+
+    Raises CannotServeError for a name that is not UTF-8: nbdkit hands none to a plugin in Python.
+    """
+    parameters = [f"file={absolute_path(image)}", f"policy={policy}", f"readonly={'false' if writable else 'true'}"]
     for name, value in options.items():
         key = name.replace("_", "-")
         if value is True:
             parameters.append(f"{key}=true")
         elif value is not None and value is not False:
-            parameters.append(f"{key}={os.path.abspath(value) if name in _PATHS else value}")
+            parameters.append(f"{key}={absolute_path(value) if name in _PATHS else value}")
+    for parameter in parameters:
+        if not is_utf8(parameter):
+            raise CannotServeError(
+                f"nbdkit's Python plugin takes only names in UTF-8, which this is not: {printable(parameter)}; give it "
+                "another name, or a link to it"
+            )
     return parameters
+
+
+def is_utf8(name: str) -> bool:
+    """False if a name of a file holds bytes that are no UTF-8."""
+    return not any("\ud800" <= character <= "\udfff" for character in name)
 
 
 def command_line(

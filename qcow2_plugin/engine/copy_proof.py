@@ -22,25 +22,29 @@ Progress = Callable[[int, int], None]
 def first_difference(image: Image, copy: Storage, progress: Progress | None = None) -> int | None:
     """Guest offset of the first byte that `copy` has otherwise, None if there is none. Raises what reading does."""
     raw_depth = _depth_of_raw(image)
-    ours, theirs = memoryview(bytearray(_CHUNK)), memoryview(bytearray(_CHUNK))
+    ours, theirs = bytearray(_CHUNK), bytearray(_CHUNK)
     for extent in image.extents():
         offset, end = extent.guest_offset, extent.guest_offset + extent.length
+        if progress is not None:
+            progress(offset, image.virtual_size)
         if extent.depth != raw_depth and extent.kind in (ExtentKind.ZERO, ExtentKind.UNALLOCATED):
             for start, length, is_data in copy.data_ranges(offset, end - offset):
                 for place in range(start, start + length if is_data else start, _CHUNK):
-                    part = theirs[: min(_CHUNK, start + length - place)]
-                    copy.read_into(part, place)
-                    if part != _ZEROS[: len(part)]:
-                        return place + _first_unequal(part, memoryview(_ZEROS))
+                    count = min(_CHUNK, start + length - place)
+                    copy.read_into(memoryview(theirs)[:count], place)
+                    if not _are_equal(theirs, _ZEROS, count):
+                        return place + _first_unequal(theirs, _ZEROS)
             continue
         for place in range(offset, end, _CHUNK):
             count = min(_CHUNK, end - place)
-            image.read_into(ours[:count], place)
-            copy.read_into(theirs[:count], place)
-            if ours[:count] != theirs[:count]:
-                return place + _first_unequal(ours[:count], theirs[:count])
+            image.read_into(memoryview(ours)[:count], place)
+            copy.read_into(memoryview(theirs)[:count], place)
+            if not _are_equal(ours, theirs, count):
+                return place + _first_unequal(ours, theirs)
             if progress is not None:
                 progress(place, image.virtual_size)
+    if progress is not None:
+        progress(image.virtual_size, image.virtual_size)
     return None
 
 
@@ -54,5 +58,10 @@ def _depth_of_raw(image: Image) -> int | None:
     return depth + 1 if len(data_storages(image)) > depth + 1 else None
 
 
-def _first_unequal(first: memoryview, second: memoryview) -> int:
-    return next(index for index, (one, other) in enumerate(zip(first, second, strict=False)) if one != other)
+def _are_equal(one: bytearray, other: bytearray | bytes, count: int) -> bool:
+    """The first `count` bytes. Not of memoryviews, which are compared item by item."""
+    return one == other if count == len(one) else one[:count] == other[:count]
+
+
+def _first_unequal(one: bytearray, other: bytearray | bytes) -> int:
+    return next(index for index in range(len(one)) if one[index] != other[index])

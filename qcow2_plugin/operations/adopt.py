@@ -13,7 +13,6 @@ name may be removed. After an error there is neither.
 from __future__ import annotations
 
 import os
-import secrets
 import stat
 from contextlib import ExitStack
 from typing import NamedTuple
@@ -33,7 +32,7 @@ from qcow2_plugin.operations.new_image import (
     write_first_sector,
     write_tables,
 )
-from qcow2_plugin.storage.directory import give_name, make_names_durable, require_unused
+from qcow2_plugin.storage.directory import require_unused
 from qcow2_plugin.storage.file import FileStorage
 from qcow2_plugin.storage.opener import open_given
 
@@ -106,21 +105,19 @@ def adopt(
         size = whole_sectors(volume_size if virtual_size is None else virtual_size)
         _require_raw_disk(disk, size, may_clip=clip, is_raw=is_raw)
         name = stored_name(os.fsdecode(volume), os.fspath(image))
+        needs_trust = os.path.isabs(name) or not stat.S_ISREG(os.lstat(volume).st_mode)
         layout = options.layout(size)
         header = options.header(layout, name)
         with NewFiles() as files:
-            made = files.make(f"{os.fspath(image)}.{secrets.token_hex(4)}.partial", "image")
-            made.storage.path = os.fspath(image)  # what messages call it
+            made = files.make_for(image, "image")
             made.clear(layout.file_size)
             write_tables(made, layout, header.pack(), data_is_there=True)
             made.storage.barrier()
             write_first_sector(made, header.pack())
             if first is not None:
                 _add_bitmap(made, header, disk, first)
-            give_name(made.path, image)
-            made.path = os.fspath(image)
-            make_names_durable(os.path.dirname(made.path))
-    return Adopted(size, volume_size, name, _needs_trust(name, volume))
+            made.give_name(image)
+    return Adopted(size, volume_size, name, needs_trust)
 
 
 def _require_raw_disk(disk: FileStorage, size: int, *, may_clip: bool, is_raw: bool) -> None:
@@ -154,7 +151,3 @@ def _add_bitmap(made: NewFile, header: Header, disk: FileStorage, first: BitmapC
     with WritableImage(layer, ExitStack()) as image:
         change_bitmaps(image, [first])
     made.storage.barrier()
-
-
-def _needs_trust(name: bytes, volume: Path) -> bool:
-    return os.path.isabs(name) or not stat.S_ISREG(os.lstat(volume).st_mode)

@@ -22,7 +22,7 @@ from qcow2_plugin.engine.image import Image
 from qcow2_plugin.errors import DetachError, printable
 from qcow2_plugin.format.header import Header
 from qcow2_plugin.format.transaction import is_marked
-from qcow2_plugin.storage.directory import identity_of, make_names_durable, remove
+from qcow2_plugin.storage.directory import absolute_path, identity_of, make_names_durable, remove
 from qcow2_plugin.storage.file import FileStorage
 from qcow2_plugin.storage.opener import Policy
 
@@ -71,15 +71,15 @@ def detach(
         if reason is None:
             data.barrier()  # so that the system is sure of what are holes
             reason = _problem_with_content(image, progress)
-        is_device = stat.S_ISBLK(os.stat(data.path).st_mode)
+        is_device = stat.S_ISBLK(data.mode())
         found_size = data.size()
         reason = reason or _problem_with_length(image, data, is_device=is_device)
         if reason is not None:
             raise DetachError(reason, file=storage.path)
         if not dry_run:
-            _let_go(path, image, data)
+            _let_go(path, image, data, is_device=is_device)
         count = 0 if image.header.bitmaps is None else image.header.bitmaps.bitmap_count
-        return Detached(os.path.abspath(data.path), image.virtual_size, found_size, is_device, count)
+        return Detached(absolute_path(data.path), image.virtual_size, found_size, is_device, count)
 
 
 def _reason_to_stay(header: Header, *, lose_bitmaps: bool) -> str | None:
@@ -145,14 +145,19 @@ def _problem_with_length(image: Image, data: FileStorage, *, is_device: bool) ->
     return None
 
 
-def _let_go(path: Path, image: Image, data: FileStorage) -> None:
+def _let_go(path: Path, image: Image, data: FileStorage, *, is_device: bool) -> None:
     """Make the data file the disk, durably, and remove the image. Raises DetachError, OSError."""
     name, identity = os.path.realpath(path), image.layer.storage.identity
-    if not stat.S_ISBLK(os.stat(data.path).st_mode) and data.size() != image.virtual_size:
+    if not is_device and data.size() != image.virtual_size:
         data.truncate(image.virtual_size)
     data.barrier()
+    if identity_of(data.path) != data.identity:
+        raise DetachError(
+            "what was proved to be the disk is no longer here: the name is that of another file by now, or of none",
+            file=data.path,
+        )
     make_names_durable(os.path.dirname(os.path.realpath(data.path)))
     if identity_of(name) != identity:
-        raise DetachError("the name of the image is that of another file by now, which stays", file=os.fspath(path))
+        raise DetachError("the name of the image is that of another file by now, or of none", file=os.fspath(path))
     remove(name, identity)
     make_names_durable(os.path.dirname(name))

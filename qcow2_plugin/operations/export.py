@@ -15,7 +15,7 @@ of the disk. It is claimed before that, and its size is looked at. What of it is
 from __future__ import annotations
 
 import os
-import secrets
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -30,8 +30,8 @@ from qcow2_plugin.errors import ExportError, OptionError
 from qcow2_plugin.extent import GuestDisk
 from qcow2_plugin.format.geometry import SECTOR_SIZE
 from qcow2_plugin.operations.new_files import NewFiles
-from qcow2_plugin.storage.device import claimed, is_device
-from qcow2_plugin.storage.directory import give_name, make_names_durable, remove, require_unused
+from qcow2_plugin.storage.device import claimed, is_device, leads_to
+from qcow2_plugin.storage.directory import make_names_durable, remove, require_unused
 from qcow2_plugin.storage.file import FileStorage
 from qcow2_plugin.storage.opener import Identity, open_given
 
@@ -40,9 +40,12 @@ if TYPE_CHECKING:
 
 SPARSE_SIZE = 4096
 """Bytes of zeros that are not worth a write, as in qemu-img."""
-MAX_SPARSE_SIZE = 64 << 20
+MAX_SPARSE_SIZE = 8 << 20
+"""What one thread moves at a time: of more it could not tell, and each has a buffer of that size."""
 THREADS = 2
 MAX_THREADS = 64
+_EXPORTING = ("sparse_size", "offload", "share", "verify", "overwrite", "threads", "progress")
+"""Options that are not about opening the image."""
 
 Path = str | os.PathLike[str]
 Progress = Callable[[int, int], None]
@@ -78,12 +81,13 @@ def export_raw(
 ) -> ExportResult:
     """Make `to` a raw image of the disk, or of what `snapshot` (ID or else name) keeps of it.
 
-    `to` must not exist; with `overwrite` a file that does is replaced, by another file, once that is complete. A block
-    device is written in place. `sparse_size` in bytes is the least run of zeros that becomes a hole, 0 writes zeros as
-    they are stored. Where the file system can, blocks are shared with the source, unless `share` is False. `offload`
-    lets the system copy what it can, zeros included. `verify` reads both again and compares them. `threads` is how many
-    work at once. `progress` is told (done, total) bytes, by any thread. `opening` are options of `open_image`, for an
-    image that is not open yet. One that is open for writing must not change meanwhile.
+    `to` must not exist; with `overwrite` a file that does is replaced, by another file, once that is complete, where a
+    symlink leads. A block device is written in place. `sparse_size` in bytes is the least run of zeros that becomes a
+    hole, 0 writes zeros as they are stored. Where the file system can, blocks are shared with the source, unless
+    `share` is False. `offload` lets the system copy what it can, zeros included. `verify` reads both again and compares
+    them. `threads` is how many work at once. `progress` is told (done, total) bytes, by any thread; what is to be
+    compared counts twice. `opening` are options of `open_image`, for an image that is not open yet. One that is open
+    for writing must not change meanwhile.
 
     Raises FileExistsError; OptionError; ExportError if the copy is not the disk; ImageLockedError; what `open_image`
     and reading raise; OSError. After an error there is no new file, and one of that name is as it was.
@@ -111,8 +115,8 @@ def export_as_data_file(
 ) -> tuple[ExportResult, Adopted]:
     """Make `to` a qcow2 image of the disk that keeps the data in `new_data_file`, which is a raw image of it by itself.
 
-    Neither may exist. `options` are those of `export_raw`. Raises what that does, and `adopt`. After an error there is
-    neither.
+    Neither may exist. `options` are those of `export_raw`. Raises what that does, and `adopt`; what speaks against such
+    an image is known before anything is copied. After an error there is neither.
     """
     from qcow2_plugin.operations.adopt import adopt  # who wants a raw image need not wait for it
 
@@ -125,7 +129,10 @@ def export_as_data_file(
         raise OptionError(
             "a block device cannot be made; export to it, and then adopt it", file=os.fspath(new_data_file)
         )
-    result = export_raw(image, new_data_file, **options)
+    exporting = {name: options.pop(name) for name in _EXPORTING if name in options}
+    with _source(image, options.pop("snapshot", None), options) as disk:
+        _require_books(disk.virtual_size, to, new_data_file, cluster_size=cluster_size, extended_l2=extended_l2)
+        result = export_raw(disk, new_data_file, **exporting)
     made = os.stat(new_data_file)
     try:
         adopted = adopt(new_data_file, to, cluster_size=cluster_size, extended_l2=extended_l2, is_raw=True)
@@ -133,6 +140,37 @@ def export_as_data_file(
         remove(new_data_file, (made.st_dev, made.st_ino))
         raise
     return result, adopted
+
+
+def _require_books(size: int, image: Path, data_file: Path, *, cluster_size: int, extended_l2: bool) -> None:
+    """Raises OptionError or OSError, before anything is copied, if there can be no such image around the data file."""
+    from qcow2_plugin.operations.new_image import ImageOptions
+
+    if os.path.realpath(image) == os.path.realpath(data_file):
+        raise OptionError(
+            "the image and its data file are two files; name another for one of them", file=os.fspath(image)
+        )
+    if not size:
+        raise OptionError("a disk of 0 bytes has no data file; export it as a raw image")
+    os.stat(os.path.dirname(image) or os.curdir)
+    options = ImageOptions(
+        version=3,
+        cluster_size=cluster_size,
+        refcount_bits=16,
+        lazy_refcounts=False,
+        extended_l2=extended_l2,
+        compression_type="zlib",
+        preallocation="off",
+        backing_file=None,
+        backing_format=None,
+        data_file=os.fspath(data_file),
+        data_file_raw=True,
+        keep_data_file=True,
+        overwrite_data_file=False,
+        clip_data_file=False,
+    )
+    options.check()
+    options.layout(size)
 
 
 def _options(sparse_size: int, threads: int | None, *, may_share: bool, may_copy: bool) -> Options:
@@ -160,27 +198,20 @@ def _to_file(
 ) -> ExportResult:
     if not overwrite:
         require_unused(to)
-    path = os.fspath(to)
+    path = os.path.realpath(to) if overwrite else os.fspath(to)
     sources = _files_of(disk)
     with ExitStack() as resources, NewFiles() as files:
         if overwrite and os.path.exists(path):
             old = open_given(path, writable=True, vet=lambda identity, found: _refuse_source(identity, found, sources))
             resources.callback(old.close)  # whoever uses it stays in the way until it has lost its name
-        temporary = f"{path}.{secrets.token_hex(4)}.partial"
-        made = files.make(temporary, "copy", mode=_mode(sources))
+        made = files.make_for(path, "copy", mode=_mode(sources, os.path.dirname(path)))
         target = made.storage
-        target.path = path  # what messages call it
         target.truncate(disk.virtual_size)
-        copied = copy_out(disk, target, options, progress)
-        target.barrier()
-        if verify:
-            _require_equal(disk, target, progress)
+        copied = _fill(target, disk, options, progress, verify=verify)
         if overwrite:
-            os.replace(temporary, path)
+            os.replace(made.path, path)
         else:
-            give_name(temporary, path)
-            made.path = path
-            make_names_durable(os.path.dirname(path))
+            made.give_name(path)
     if overwrite:
         make_names_durable(os.path.dirname(path))  # there is no way back, so no error must undo the new file
     return _result(disk, copied, is_device=False, verify=verify)
@@ -191,17 +222,35 @@ def _to_device(disk: Image, to: Path, options: Options, progress: Progress | Non
     locked = open_given(to, writable=True, vet=lambda identity, found: _refuse_source(identity, found, sources))
     with ExitStack() as resources:
         resources.callback(locked.close)
+        if any(leads_to(locked, source) for source in sources):
+            raise _is_source(locked.path)
         target = resources.enter_context(claimed(locked))
         if target.size() < disk.virtual_size:
             raise OptionError(
                 f"the block device has {target.size()} bytes, less than the disk of {disk.virtual_size}",
                 file=os.fspath(to),
             )
+        copied = _fill(target, disk, options, progress, verify=verify)
+    return _result(disk, copied, is_device=True, verify=verify)
+
+
+def _fill(target: FileStorage, disk: Image, options: Options, progress: Progress | None, *, verify: bool) -> Copied:
+    """Let `target` be the disk, durably, and see if it is."""
+    if not verify:
         copied = copy_out(disk, target, options, progress)
         target.barrier()
-        if verify:
-            _require_equal(disk, target, progress)
-    return _result(disk, copied, is_device=True, verify=verify)
+        return copied
+    copied = copy_out(disk, target, options, _half(progress, 0))
+    target.barrier()
+    _require_equal(disk, target, _half(progress, 1))
+    return copied
+
+
+def _half(progress: Progress | None, which: int) -> Progress | None:
+    """Tells of the first or the second time that each byte is moved."""
+    if progress is None:
+        return None
+    return lambda done, total: progress(done + which * total, 2 * total)
 
 
 def _result(disk: Image, copied: Copied, *, is_device: bool, verify: bool) -> ExportResult:
@@ -234,14 +283,23 @@ def _files_of(image: Image) -> list[FileStorage]:
     return found
 
 
-def _mode(sources: list[FileStorage]) -> int:
-    """Permissions for the owner, and for those who may read every one of the files."""
+def _mode(sources: list[FileStorage], directory: str) -> int:
+    """Permissions for the owner, and for those who may read every one of the files: a group only if it is theirs."""
+    there = os.stat(directory or os.curdir)
+    group = there.st_gid if there.st_mode & stat.S_ISGID else os.getegid()
     readable = 0o044
     for file in sources:
-        readable &= file.mode()
+        mode = file.mode()
+        readable &= mode
+        if not mode & 0o040 or (not mode & 0o004 and file.group() != group):
+            readable = 0  # who is in a group here may be anybody there
     return 0o600 | readable | readable >> 1
 
 
 def _refuse_source(identity: Identity, path: str, sources: list[FileStorage]) -> None:
     if identity in {file.identity for file in sources}:
-        raise OptionError("this file is part of the disk to export; name another", file=path)
+        raise _is_source(path)
+
+
+def _is_source(path: str) -> OptionError:
+    return OptionError("this file is part of the disk to export; name another", file=path)

@@ -11,7 +11,7 @@ from contextlib import ExitStack, suppress
 
 from qcow2_plugin.errors import OptionError
 from qcow2_plugin.format.geometry import SECTOR_SIZE
-from qcow2_plugin.storage.directory import identity_of, make_names_durable, remove
+from qcow2_plugin.storage.directory import give_name, identity_of, make_names_durable, remove, temporary_name
 from qcow2_plugin.storage.file import FileStorage
 from qcow2_plugin.storage.opener import Identity, create_given, open_given
 
@@ -74,6 +74,12 @@ class NewFile:
                 whole, rest = divmod(min(step, end - start), len(_ZEROS))
                 self.storage.write_vector([_ZEROS] * whole + [_ZEROS[:rest]], start)
 
+    def give_name(self, path: Path) -> None:
+        """Let it have the name `path`, durably, which nothing has so far. Raises FileExistsError, too."""
+        give_name(self.path, path)
+        self.path = os.fspath(path)
+        make_names_durable(os.path.dirname(self.path))
+
     def undo(self) -> None:
         """Leave nothing of what was made."""
         if self.is_new:
@@ -125,6 +131,25 @@ class NewFiles:
     def make(self, path: Path, role: str, *, mode: int = 0o666) -> NewFile:
         """A file that does not exist yet. Raises what `create_given` does, FileExistsError among it."""
         return self._keep(create_given(path, mode=mode), path, role, is_new=True, is_kept=False)
+
+    def make_for(self, path: Path, role: str, *, mode: int = 0o666) -> NewFile:
+        """A file of a temporary name, which is to have the name `path` (`give_name`) and is called that in messages.
+
+        Raises as `make` does.
+        """
+        temporary = temporary_name(path)
+        try:
+            made = self.make(temporary, role, mode=mode)
+        except FileExistsError:
+            raise
+        except BaseException as error:
+            with suppress(OSError):
+                os.unlink(temporary)  # no lock on it, or interrupted before anybody knew of it
+            if isinstance(error, OSError):
+                error.filename = os.fspath(path)
+            raise
+        made.storage.path = os.fspath(path)
+        return made
 
     def make_or_open(self, path: Path, role: str) -> NewFile:
         """The file of this name, new if there is none. Raises as `open` does."""

@@ -26,6 +26,7 @@ from qcow2_plugin.format.header import (
     Header,
 )
 from qcow2_plugin.operations.new_files import NewFile, identity_if_any
+from qcow2_plugin.storage.directory import absolute_path
 from qcow2_plugin.storage.opener import Policy, broken_rule
 
 _PREALLOCATIONS = ("off", "metadata", "falloc", "full")
@@ -206,7 +207,7 @@ def stored_name(data_file: str, image: str) -> bytes:
     is_beside = identity_if_any(directory or os.curdir) == identity_if_any(os.path.dirname(image) or os.curdir)
     if is_beside and broken_rule(os.fsencode(name), Policy.CONFINED) is None:
         return os.fsencode(name)
-    return os.fsencode(os.path.abspath(data_file))
+    return os.fsencode(absolute_path(data_file))
 
 
 def write_tables(image: NewFile, layout: FreshLayout, header: bytes, *, data_is_there: bool) -> None:

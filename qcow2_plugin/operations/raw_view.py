@@ -17,6 +17,7 @@ from qcow2_plugin.engine.files import ChainFiles
 from qcow2_plugin.engine.header import read_header, refusals
 from qcow2_plugin.errors import NoRawViewError, about_file, printable
 from qcow2_plugin.format.header import EncryptionMethod, Header
+from qcow2_plugin.storage.directory import absolute_path
 from qcow2_plugin.storage.opener import Policy
 
 Path = str | os.PathLike[str]
@@ -67,7 +68,7 @@ def raw_view(
                 "miss the rest, which reads as zeros",
                 file=data.path,
             )
-        yield RawView(os.path.abspath(data.path), header.virtual_size, file_size)
+        yield RawView(absolute_path(data.path), header.virtual_size, file_size)
 
 
 def _reason_against(header: Header) -> str | None:

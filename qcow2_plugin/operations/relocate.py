@@ -14,6 +14,7 @@ A name is recorded relative to the directory of the image if it leads to a file 
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import replace
@@ -25,12 +26,14 @@ from qcow2_plugin.engine.dirty_bitmaps.unfinished import header_alone, store
 from qcow2_plugin.engine.files import ChainFiles
 from qcow2_plugin.engine.first_change import kept_autoclear_features
 from qcow2_plugin.engine.image import Image, Layer
+from qcow2_plugin.engine.internal_snapshots.snapshots import read_snapshots
 from qcow2_plugin.errors import OptionError, Qcow2Error, RelocateError, UnfinishedTransactionError, printable
 from qcow2_plugin.extent import Extent, ExtentKind, GuestDisk
 from qcow2_plugin.format.geometry import MAX_BACKING_FORMAT_LENGTH, MAX_NAME_LENGTH, SECTOR_SIZE
 from qcow2_plugin.format.header import EXTENSION_BACKING_FORMAT, EXTENSION_DATA_FILE, Header
 from qcow2_plugin.format.transaction import is_marked
 from qcow2_plugin.operations.new_files import identity_if_any
+from qcow2_plugin.storage.directory import absolute_path
 from qcow2_plugin.storage.file import FileStorage
 from qcow2_plugin.storage.opener import Policy, broken_rule
 
@@ -45,8 +48,8 @@ class Relocated(NamedTuple):
 
     data_file: bytes | None
     backing_file: bytes | None
-    needs_trust: bool
-    """One of them is followed only by `Policy.TRUSTED`."""
+    needs_trust: tuple[str, ...]
+    """Which of them, "data file" or "backing file", are followed only by `Policy.TRUSTED`."""
 
 
 def relocate(
@@ -146,10 +149,19 @@ class _Target(NamedTuple):
         name = recorded_name(path, image, form)
         return cls(None if missing and not os.path.lexists(path) else path, name)
 
+    @property
+    def needs_trust(self) -> bool:
+        if broken_rule(self.name, Policy.CONFINED) is not None:
+            return True
+        return self.path is not None and not stat.S_ISREG(os.lstat(self.path).st_mode)
+
 
 def recorded_name(path: Path, image: str, form: Form | None = None) -> bytes:
     """The name by which the image of the path `image` finds the file `path`. Raises RelocateError if there is none."""
-    absolute = os.path.abspath(os.fsdecode(path))
+    given = os.fsdecode(path)
+    if os.path.basename(given) in ("", os.curdir, os.pardir):
+        raise RelocateError(f'the name "{printable(given)}" cannot be recorded: it is not that of a file', file=image)
+    absolute = absolute_path(given)
     directory, base = os.path.split(absolute)
     real = os.path.join(os.path.realpath(directory), base)
     relative = os.fsencode(os.path.relpath(real, os.path.realpath(os.path.dirname(image) or os.curdir)))
@@ -194,10 +206,15 @@ class _Relocation:
                 below = open_below(files, header, self._storage, backing.path)
                 if verify:
                     self._require_same_disk(below)
+            if header.data_file is not None and header.data_file == header.backing_file:
+                raise RelocateError(
+                    f'the image would name "{printable(header.data_file)}" as its data file and as its backing file',
+                    file=self._storage.path,
+                )
+            named = (("data file", data), ("backing file", backing))
+            needs_trust = tuple(role for role, target in named if target is not None and target.needs_trust)
             store(self._storage, self._header, header)
-        names = [target.name if target is not None else None for target in (data, backing)]
-        needs_trust = any(name is not None and broken_rule(name, Policy.CONFINED) is not None for name in names)
-        return Relocated(names[0], names[1], needs_trust)
+        return Relocated(data and data.name, backing and backing.name, needs_trust)
 
     def _files(self, resources: ExitStack) -> ChainFiles:
         files = ChainFiles(resources, policy=self._policy)
@@ -276,8 +293,10 @@ class _Relocation:
     # -- a backing file --
 
     def _require_same_disk(self, new: GuestDisk) -> None:
-        """Raises RelocateError unless the image sees the same below it."""
+        """Raises RelocateError unless the image, and each of its snapshots, sees the same below it."""
         size = self._header.virtual_size
+        snapshots = read_snapshots(self._storage, self._header)
+        size = max([size, *(snapshot.virtual_size(size) for snapshot in snapshots)])
         with ExitStack() as resources:
             old = open_below(self._files(resources), self._header, self._storage)
             for start, length in _ranges_with_data(old, new, size):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 from contextlib import ExitStack
 
 from qcow2_plugin.engine.checking.check import read_header_for_check
@@ -12,7 +11,7 @@ from qcow2_plugin.engine.files import ChainFiles
 from qcow2_plugin.engine.repairing.repair import Mode, repair_image
 from qcow2_plugin.operations.new_files import NewFiles
 from qcow2_plugin.storage.copying import copy_content
-from qcow2_plugin.storage.directory import give_name, make_names_durable, require_unused
+from qcow2_plugin.storage.directory import require_unused
 from qcow2_plugin.storage.opener import Policy
 
 Path = str | os.PathLike[str]
@@ -42,16 +41,14 @@ def repair_to(
     an error there is no copy.
     """
     require_unused(to)
-    temporary = f"{os.fspath(to)}.{secrets.token_hex(4)}.partial"
     with ExitStack() as resources, NewFiles() as files:
         chain = ChainFiles(resources, policy=policy, base_directory=base_directory, force_share=force_share)
         source = chain.open_top(path)
         header = read_header_for_check(source)
         data = chain.open_data_file(header, source, data_file)
-        made = files.make(temporary, "copy")
+        made = files.make_for(to, "copy")
         copy = made.storage
-        copy.path = os.fspath(to)  # what messages call it
-        os.chmod(temporary, 0o777 & os.stat(temporary).st_mode & os.stat(path).st_mode)
+        os.chmod(made.path, 0o777 & copy.mode() & source.mode())
         copy_content(source, copy)
         result = repair_image(
             copy,
@@ -63,7 +60,5 @@ def repair_to(
             progress=progress,
         )
         copy.barrier()
-        give_name(temporary, to)
-        made.path = os.fspath(to)
-        make_names_durable(os.path.dirname(os.fspath(to)))
+        made.give_name(to)
     return result

@@ -109,7 +109,7 @@ def bitmap_transaction(
 
 def _record_file(given: Path | None, images: list[str]) -> RecordFile:
     if given is not None:
-        path = os.path.abspath(given)
+        path = directory.absolute_path(given)
         if os.path.lexists(path):
             raise OptionError(
                 "the record exists: finish that transaction first with 'qcow2 bitmap recover', or name another file",
@@ -153,7 +153,7 @@ class _Party:
     """Absolute."""
 
     def __post_init__(self) -> None:
-        self.path = os.path.abspath(self.image.layer.storage.path)
+        self.path = directory.absolute_path(self.image.layer.storage.path)
 
     @property
     def changes_something(self) -> bool:
@@ -346,7 +346,7 @@ def recover_transaction(record: Path) -> list[Recovered]:
     Other files are not opened. Raises CorruptImageError if it is no record; what stands in the way of an image, after
     the others are done, and then the record stays; OSError.
     """
-    file = RecordFile(os.path.abspath(record))
+    file = RecordFile(directory.absolute_path(record))
     told = file.read()
     recovered: list[Recovered] = []
     failures: list[Qcow2Error | OSError] = []

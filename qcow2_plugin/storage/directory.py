@@ -7,10 +7,22 @@ from __future__ import annotations
 
 import errno
 import os
+import secrets
 from contextlib import suppress
 
+_NAME_MAX = 255
+"""Bytes of a name in a directory, in any file system of note."""
 _CANNOT_LINK = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
 _CANNOT_SYNC = frozenset({errno.EINVAL, errno.EBADF, errno.EOPNOTSUPP, errno.ENOSYS})
+
+
+def absolute_path(path: str | os.PathLike[str]) -> str:
+    """An absolute path to where `path` leads. Links stay in it, but for those in front of a "..", which is the parent
+    of where they lead."""
+    if os.pardir not in os.fspath(path).split(os.sep):
+        return os.path.abspath(path)
+    directory, name = os.path.split(path)
+    return os.path.join(os.path.realpath(directory), name)
 
 
 def identity_of(path: str | os.PathLike[str]) -> tuple[int, int] | None:
@@ -32,6 +44,14 @@ def remove(path: str | os.PathLike[str], identity: tuple[int, int]) -> None:
     """Remove the name if it still is that of this file. Raises OSError."""
     if identity_of(path) == identity:
         os.unlink(path)
+
+
+def temporary_name(path: str | os.PathLike[str]) -> str:
+    """A name beside `path`, for a file that is to have that name when it is whole."""
+    directory, name = os.path.split(os.fspath(path))
+    ending = f".{secrets.token_hex(4)}.partial"
+    kept = os.fsencode(name)[: _NAME_MAX - len(ending)]
+    return os.path.join(directory, os.fsdecode(kept) + ending)
 
 
 def write_new(path: str, content: bytes) -> None:
@@ -83,6 +103,7 @@ def make_names_durable(directory: str) -> None:
         os.fsync(fd)
     except OSError as error:
         if error.errno not in _CANNOT_SYNC:
+            error.filename = directory or os.curdir
             raise
     finally:
         os.close(fd)

@@ -10,10 +10,13 @@ only) and never relies on the file position, so that threads share the descripto
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
+from functools import wraps
 from os import preadv, pwritev
+from typing import Concatenate, ParamSpec, TypeVar
 
 from qcow2_plugin.extent import clear
 from qcow2_plugin.storage import Buffer
@@ -24,9 +27,31 @@ _MAX_BUFFERS = os.sysconf("SC_IOV_MAX")
 """How many `pwritev` takes at once."""
 _ZEROS = memoryview(bytes(1 << 20))  # never touched by anybody, so it takes no memory
 
+_Told = ParamSpec("_Told")
+_Answer = TypeVar("_Answer")
+
+
+def _about_its_file(
+    method: Callable[Concatenate[FileStorage, _Told], _Answer],
+) -> Callable[Concatenate[FileStorage, _Told], _Answer]:
+    """The method, with the name of the file in every OSError."""
+
+    @wraps(method)
+    def call(storage: FileStorage, /, *told: _Told.args, **named: _Told.kwargs) -> _Answer:
+        try:
+            return method(storage, *told, **named)
+        except OSError as error:
+            error.filename = error.filename or storage.path
+            raise
+
+    return call
+
 
 class FileStorage:
-    """A regular file or block device; keeps the `Storage` protocol and, if open for writing, `WritableStorage`."""
+    """A regular file or block device; keeps the `Storage` protocol and, if open for writing, `WritableStorage`.
+
+    Every OSError of reading or changing it names the file.
+    """
 
     __slots__ = ("_fd", "identity", "path")
 
@@ -39,9 +64,13 @@ class FileStorage:
 
     def read_into(self, buffer: memoryview, host_offset: int) -> None:
         """Fill all of `buffer` (bytes, format "B") from `host_offset`; past the end of the file are zeros."""
-        count = preadv(self._fd, (buffer,), host_offset)
-        if count != len(buffer):
-            self._read_rest(buffer, count, host_offset + count)
+        try:
+            count = preadv(self._fd, (buffer,), host_offset)
+            if count != len(buffer):
+                self._read_rest(buffer, count, host_offset + count)
+        except OSError as error:
+            error.filename = error.filename or self.path
+            raise
 
     def _read_rest(self, buffer: memoryview, done: int, host_offset: int) -> None:
         rest = memoryview(buffer)
@@ -55,9 +84,13 @@ class FileStorage:
 
     def pread(self, length: int, host_offset: int) -> bytes:
         """`length` bytes from `host_offset`; fewer only where the file ends."""
-        data = os.pread(self._fd, length, host_offset)
-        while len(data) < length and (more := os.pread(self._fd, length - len(data), host_offset + len(data))):
-            data += more
+        try:
+            data = os.pread(self._fd, length, host_offset)
+            while len(data) < length and (more := os.pread(self._fd, length - len(data), host_offset + len(data))):
+                data += more
+        except OSError as error:
+            error.filename = error.filename or self.path
+            raise
         return data
 
     def size(self) -> int:
@@ -71,6 +104,10 @@ class FileStorage:
     def mode(self) -> int:
         """Type and permissions of the file, as in stat(2)."""
         return os.fstat(self._fd).st_mode
+
+    def group(self) -> int:
+        """The number of the group that it belongs to."""
+        return os.fstat(self._fd).st_gid
 
     def data_ranges(self, offset: int, length: int) -> Iterator[tuple[int, int, bool]]:
         """Tile a range into (offset, length, is_data), ascending and without gaps, lazily.
@@ -87,6 +124,7 @@ class FileStorage:
                 yield data_start, data_end - data_start, True
             offset = data_end
 
+    @_about_its_file
     def _seek(self, whence: int, offset: int, end: int) -> int:
         """Where the first data or hole (`whence`) at or after `offset` begins, `end` at most."""
         if offset >= end:
@@ -112,19 +150,27 @@ class FileStorage:
 
     def write_from(self, buffer: Buffer, host_offset: int) -> None:
         """Write all of `buffer` (bytes, format "B") at `host_offset`."""
-        count = pwritev(self._fd, (buffer,), host_offset)
-        if count != len(buffer):
-            self._write_rest((buffer,), count, host_offset)
+        try:
+            count = pwritev(self._fd, (buffer,), host_offset)
+            if count != len(buffer):
+                self._write_rest((buffer,), count, host_offset)
+        except OSError as error:
+            error.filename = error.filename or self.path
+            raise
 
     def write_vector(self, buffers: Sequence[Buffer], host_offset: int) -> None:
         """Write all of `buffers` (bytes, format "B"), however many, one after the other from `host_offset`."""
-        for first in range(0, len(buffers), _MAX_BUFFERS):
-            some = buffers[first : first + _MAX_BUFFERS]
-            length = sum(map(len, some))
-            count = pwritev(self._fd, some, host_offset)
-            if count != length:
-                self._write_rest(some, count, host_offset)
-            host_offset += length
+        try:
+            for first in range(0, len(buffers), _MAX_BUFFERS):
+                some = buffers[first : first + _MAX_BUFFERS]
+                length = sum(map(len, some))
+                count = pwritev(self._fd, some, host_offset)
+                if count != length:
+                    self._write_rest(some, count, host_offset)
+                host_offset += length
+        except OSError as error:
+            error.filename = error.filename or self.path
+            raise
 
     def _write_rest(self, buffers: Iterable[Buffer], count: int, host_offset: int) -> None:
         """Write what is left of `buffers` after their first `count` bytes, of which no byte is no progress."""
@@ -135,6 +181,7 @@ class FileStorage:
             buffers = rest
             count = pwritev(self._fd, rest, host_offset)
 
+    @_about_its_file
     def write_zeroes(self, host_offset: int, length: int, *, may_punch: bool) -> None:
         """Make a range read as zeros without moving the end; with `may_punch` its space is given back."""
         length = self._inside(host_offset, length)
@@ -147,6 +194,7 @@ class FileStorage:
         for done in range(0, length, len(_ZEROS)):
             self.write_from(_ZEROS[: length - done], host_offset + done)
 
+    @_about_its_file
     def punch(self, host_offset: int, length: int) -> None:
         """Give back the space of a range that nobody needs, where the system can."""
         length = self._inside(host_offset, length)
@@ -157,20 +205,30 @@ class FileStorage:
         """How much of a range lies in front of the end."""
         return max(min(length, self.size() - host_offset), 0)
 
+    @_about_its_file
     def truncate(self, size: int) -> None:
         """Move the end to `size`; what is new in front of it reads as zeros. Not for block devices (EINVAL)."""
         os.ftruncate(self._fd, size)
 
+    @_about_its_file
     def preallocate(self, host_offset: int, length: int) -> None:
         """Get space for a range, moving the end to cover it. Not for block devices (ENODEV)."""
         if length > 0:
             os.posix_fallocate(self._fd, host_offset, length)
 
+    @_about_its_file
     def barrier(self) -> None:
         """Return when everything written before is durable."""
         if self._fd < 0:  # to which Python says ValueError here, and only here
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
-        os.fdatasync(self._fd)
+        try:
+            os.fdatasync(self._fd)
+        except OSError as error:
+            if error.errno != errno.EINVAL or self._is_writable():  # else a file system that nobody writes to
+                raise
+
+    def _is_writable(self) -> bool:
+        return fcntl.fcntl(self._fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY
 
     def forget_cached(self) -> None:
         """Ask the system to have what is durable read from the disk again; a hint that never fails."""

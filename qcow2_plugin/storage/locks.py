@@ -123,7 +123,7 @@ def _refuse_if_held(fd: int, path: str, byte: int, *, writing: bool) -> None:
     if _fcntl(fd, fcntl.F_OFD_GETLK, fcntl.F_WRLCK, byte) == fcntl.F_UNLCK:
         return
     holds = "holds" if byte < _FORBIDDEN else "forbids"
-    way_out = "" if writing else ", or use force-share to read what may be changing meanwhile"
+    way_out = "" if writing else ", or, where that is an option, use force-share to read what may be changing"
     raise ImageLockedError(
         f"another program {holds} the permission to {_permission(byte)} the file (byte {byte} is locked); "
         f"stop it first{way_out}",

@@ -11,6 +11,7 @@ import os
 import random
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -463,6 +464,27 @@ def test_an_error_of_the_barrier_passes_through() -> None:
     assert caught.value.errno == errno.EINVAL  # fdatasync(2): not something that can be synced
     pipe.close()
     os.close(reading_end)
+
+
+@pytest.mark.parametrize(("number", "is_told"), [(errno.EINVAL, False), (errno.EIO, True)])
+def test_a_reader_where_nothing_can_be_made_durable(
+    number: int, is_told: bool, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A read-only file system (squashfs, ISO 9660) knows no fdatasync, and has nothing to be made durable."""
+
+    def fail(_: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    path.touch()
+    monkeypatch.setattr(os, "fdatasync", fail)
+    reader = FileStorage(os.open(path, os.O_RDONLY), str(path))
+    writer = FileStorage(os.open(path, os.O_RDWR), str(path))
+    with pytest.raises(OSError) if is_told else nullcontext():
+        reader.barrier()
+    with pytest.raises(OSError):
+        writer.barrier()
+    reader.close()
+    writer.close()
 
 
 def test_a_barrier_syncs_this_file(storage: FileStorage, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

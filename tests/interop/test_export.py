@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ import pytest
 from qcow2_plugin.engine.chain import open_image
 from qcow2_plugin.errors import ImageLockedError, OptionError
 from qcow2_plugin.extent import ExtentKind
+from qcow2_plugin.operations.adopt import adopt
 from qcow2_plugin.operations.export import export_as_data_file, export_raw
 from tests.support.command import COMMAND, qcow2
 from tests.support.export_kinds import KINDS, Kind
@@ -187,6 +189,33 @@ def test_a_block_device_is_written_in_place_zeros_and_all(tmp_path: Path) -> Non
     assert disk.read_bytes() == wanted.read_bytes() + b"\xee" * 65536
 
 
+def test_a_block_device_that_leads_to_a_part_of_the_disk_stays_as_it_is(tmp_path: Path) -> None:
+    image, base, volume = tmp_path / "image.qcow2", tmp_path / "base.raw", tmp_path / "volume"
+    content = os.urandom(1 << 20)
+    for path in (base, volume):
+        path.write_bytes(content)
+    qemu_img("create", "-q", "-f", "qcow2", "-F", "raw", "-b", base.name, image, "1M")
+    qemu_io(image, "write -q -P 1 0 64k")
+    with loop_device(base, read_only=False) as device, pytest.raises(OptionError, match="part of the disk"):
+        export_raw(image, device, overwrite=True)
+    with loop_device(volume, read_only=False) as device:
+        adopt(device, tmp_path / "adopted.qcow2")
+        os.mknod(tmp_path / "alias", stat.S_IFBLK | 0o600, os.stat(device).st_rdev)
+        for name in (device, tmp_path / "alias"):
+            with pytest.raises(OptionError, match="part of the disk"):
+                export_raw(tmp_path / "adopted.qcow2", name, overwrite=True, data_file=device)
+    assert base.read_bytes() == volume.read_bytes() == content
+
+
+def test_a_block_device_that_is_read_only_is_named(tmp_path: Path) -> None:
+    image, disk = tmp_path / "image.qcow2", tmp_path / "disk"
+    qemu_img("create", "-q", "-f", "qcow2", image, "1M")
+    disk.write_bytes(bytes(1 << 20))
+    with loop_device(disk) as device, pytest.raises(OSError, match=r"permitted|denied|Read-only") as caught:
+        export_raw(image, device, overwrite=True)
+    assert caught.value.filename == device
+
+
 def test_a_block_device_that_is_too_small_or_in_use_stays_as_it_is(tmp_path: Path) -> None:
     image, disk = tmp_path / "image.qcow2", tmp_path / "disk"
     qemu_img("create", "-q", "-f", "qcow2", image, "32M")
@@ -231,6 +260,43 @@ def test_killed_in_the_middle_there_is_no_file_of_that_name(tmp_path: Path) -> N
         for leftover in tmp_path.glob("*.partial"):
             leftover.unlink()
     assert killed
+
+
+def _large(path: Path) -> Path:
+    content = path.with_name("content")
+    content.write_bytes(os.urandom(1 << 20) * 64)
+    qemu_img("convert", "-f", "raw", "-O", "qcow2", content, path)
+    content.unlink()
+    return path
+
+
+def _started(image: Path, target: Path, *words: str) -> subprocess.Popen[bytes]:
+    """An export that has begun to copy."""
+    command = [*words, *COMMAND, "export", "--no-reflink", "--verify", str(image), str(target)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 30
+    while not list(target.parent.glob("*.partial")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_that_asks_to_end_leaves_nothing(number: signal.Signals, tmp_path: Path) -> None:
+    image = _large(tmp_path / "image.qcow2")
+    process = _started(image, tmp_path / "disk.raw")
+    process.send_signal(number)
+    _, said = process.communicate(timeout=30)
+    assert (process.returncode, said) == (128 + number, b"")
+    assert os.listdir(tmp_path) == [image.name]
+
+
+def test_without_a_terminal_it_goes_on_if_it_is_told_to(tmp_path: Path) -> None:
+    image = _large(tmp_path / "image.qcow2")
+    process = _started(image, tmp_path / "disk.raw", "nohup")
+    process.send_signal(signal.SIGHUP)
+    process.communicate(timeout=60)
+    assert process.returncode == 0
+    qemu_img("compare", "-F", "raw", image, tmp_path / "disk.raw")
 
 
 def test_the_command(tmp_path: Path) -> None:

@@ -8,23 +8,27 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import json
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 
 from qcow2_plugin import add_bitmap, check, create_image, open_image
-from qcow2_plugin.adapters.guestfs import Drive, Guest, guestfs_drive, inspect
+from qcow2_plugin.adapters.guestfs import Drive, Guest, appliance, guestfs_drive, inspect
 from tests.support import qemu_bitmaps
 from tests.support.command import COMMAND, process_environment
 from tests.support.guest import MIB, ROOT_LENGTH, ROOT_OFFSET, SIZE, TinyGuest
 from tests.support.tools import qemu_img, qemu_img_json, qemu_io, run
 
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples/inspect_guest.py"
 TIMEOUT = 900  # seconds; for a machine that is busy with other things
 pytestmark = [
     pytest.mark.timeout(TIMEOUT + 60),
@@ -49,6 +53,8 @@ pytestmark = [
 LINUX = "0FC63DAF-8483-4772-8E79-3D69D8477DE4"
 """GPT's type for file systems of Linux."""
 KINDS = ("raw", "plain", "compressed", "chain", "snapshot")
+WITH_SECOND = "plain"
+"""The guest with a second partition."""
 
 
 def garbage(length: int) -> bytes:
@@ -87,42 +93,61 @@ def with_snapshot(raw: Path) -> Path:
     return path
 
 
+class Found(NamedTuple):
+    """What was found on the drives of each kind, and how the child told it."""
+
+    drives: dict[str, Drive]
+    guests: dict[str, Guest]
+    told: Any
+
+
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Drive, Guest]]:
+def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
     """What one launch finds on a drive of each kind."""
+    answers = []
+
+    def noted(*arguments: Any, **options: Any) -> appliance.Answer:
+        answers.append(appliance.ask(*arguments, **options))
+        return answers[-1]
+
     folder = tmp_path_factory.mktemp("guests")
-    raws = {
-        kind: TinyGuest(f"guest-{kind}", f"12.{number}").build(folder / f"{kind}.raw", folder / kind)
-        for number, kind in enumerate(KINDS)
-    }
+    raws = {}
+    for number, kind in enumerate(KINDS):
+        guest = TinyGuest(f"guest-{kind}", f"12.{number}", has_second=kind == WITH_SECOND)
+        raws[kind] = guest.build(folder / f"{kind}.raw", folder / kind)
     images = {"raw": raw_data_file(raws["raw"]), "chain": chain_of_three(raws["chain"])}
     for kind, option in (("plain", "-p"), ("compressed", "-c")):
         images[kind] = folder / f"{kind}, %20 disk.qcow2"
         qemu_img("convert", option, "-O", "qcow2", raws[kind], images[kind])
     images["snapshot"] = with_snapshot(raws["snapshot"])
-    with ExitStack() as resources:
+    with ExitStack() as resources, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("qcow2_plugin.adapters.guestfs.inspection.ask", noted)
         drives = [
             resources.enter_context(guestfs_drive(images[kind], snapshot="then" if kind == "snapshot" else None))
             for kind in KINDS
         ]
         guests = inspect(drives, timeout=TIMEOUT)
-    return dict(zip(KINDS, zip(drives, guests, strict=True), strict=True))
+    (answer,) = answers
+    return Found(dict(zip(KINDS, drives, strict=True)), dict(zip(KINDS, guests, strict=True)), answer.told)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_guest_is_found(kind: str, found: dict[str, tuple[Drive, Guest]]) -> None:
-    drive, guest = found[kind]
+def test_a_guest_is_found(kind: str, found: Found) -> None:
+    drive, guest = found.drives[kind], found.guests[kind]
     assert drive.kind == guest.kind == ("raw" if kind == "raw" else "nbd")
     assert (guest.virtual_size, guest.partition_table) == (SIZE, "gpt")
-    first, second = guest.partitions
+    first, *rest = guest.partitions
     assert (first.start, first.length, first.type) == (ROOT_OFFSET, ROOT_LENGTH, LINUX)
     assert first.device == f"{guest.device}1"
-    root, empty = guest.file_systems
+    root, *others = guest.file_systems
     assert (root.device, root.type, root.label, root.size) == (first.device, "ext4", "root", ROOT_LENGTH)
     assert root.uuid is not None
     assert root.free is not None
     assert 0 < root.free < ROOT_LENGTH
-    assert (empty.device, empty.type, empty.free) == (second.device, "unknown", None)
+    assert [(empty.device, empty.type, empty.free) for empty in others] == [
+        (second.device, "unknown", None) for second in rest
+    ]
+    assert len(rest) == (kind == WITH_SECOND)
     (system,) = guest.operating_systems
     assert (system.type, system.distribution) == ("linux", "debian")
     assert (system.major, system.minor) == (12, KINDS.index(kind))
@@ -131,9 +156,47 @@ def test_a_guest_is_found(kind: str, found: dict[str, tuple[Drive, Guest]]) -> N
     assert system.mount_points == {"/": first.device}, "all have the same label, which the fstab names"
 
 
-def test_the_data_file_of_a_raw_image_is_the_drive_itself(found: dict[str, tuple[Drive, Guest]]) -> None:
-    drive, _ = found["raw"]
+def test_the_data_file_of_a_raw_image_is_the_drive_itself(found: Found) -> None:
+    drive = found.drives["raw"]
     assert drive.path == os.path.splitext(drive.image)[0] + ".raw"
+
+
+def test_the_example_shows_the_guests_and_a_file(found: Found, tmp_path: Path) -> None:
+    """What it finds is told again, so that only the file takes a launch."""
+    request, answer, python = (tmp_path / name for name in ("request", "answer", "python"))
+    answer.write_text(json.dumps(found.told) + "\n")
+    python.write_text(
+        f'#!/bin/sh\ncat >{request}\ngrep -q \'"verb": "inspect"\' {request} && exec cat {answer}\n'
+        f'exec /usr/bin/python3 "$@" <{request}\n'
+    )
+    python.chmod(0o755)
+    program = (
+        "import runpy, sys\n"
+        "from qcow2_plugin.adapters.guestfs import appliance\n"
+        f"appliance._PYTHONS = ({str(python)!r},)\n"
+        "sys.argv[:1] = []\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    images = [drive.image for drive in found.drives.values()]
+    done = subprocess.run(
+        [sys.executable, "-c", program, EXAMPLE, *images],
+        capture_output=True,
+        text=True,
+        env=process_environment(),
+        timeout=TIMEOUT,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    for image, (kind, guest) in zip(images, found.guests.items(), strict=True):
+        place = lines.index(f"{image}: {len(guest.partitions)} partitions, read as {'raw' if kind == 'raw' else 'nbd'}")
+        device = guest.partitions[0].device
+        assert lines[place + 1] == f"  {device}: debian 12 guest-{kind} x86_64"
+        assert lines[place + 2].startswith(f"  {device}: ext4, ")
+    assert lines[-4:] == [
+        *('  | PRETTY_NAME="Debian GNU/Linux 12.0"', '  | NAME="Debian GNU/Linux"', "  | ID=debian"),
+        '  | VERSION_ID="12"',
+    ]
 
 
 # ---- writing

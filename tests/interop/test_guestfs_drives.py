@@ -24,7 +24,7 @@ from tests.support.builder import ImageBuilder
 from tests.support.command import COMMAND, process_environment, qcow2, qcow2_process
 from tests.support.hostile import assert_harmless_text
 from tests.support.lockbytes import QEMU_READER, QEMU_WRITER, locked_bytes
-from tests.support.tools import nbd_connect, qemu_img
+from tests.support.tools import ToolError, nbd_connect, qemu_img, run
 
 MIB = 1 << 20
 NASTY = "\x1b[2Jname\r\n\u202e\ud83d"
@@ -109,6 +109,34 @@ def test_a_data_file_that_is_not_the_disk_is_served(how: str, tmp_path: Path) ->
             assert bytes(handle.pread(3, 0)) == b"raw"
 
 
+def test_a_data_file_whose_name_the_module_cannot_take_is_served(tmp_path: Path) -> None:
+    data = tmp_path / os.fsdecode(b"\xff.data")
+    data.write_bytes(b"raw".ljust(MIB, b"\0"))
+    create_image(tmp_path / "disk.qcow2", data_file=data, data_file_raw=True, keep_data_file=True)
+    with guestfs_drive(tmp_path / "disk.qcow2") as drive:
+        assert drive.kind == "nbd"
+        with nbd_connect(uri(drive)) as handle:
+            assert bytes(handle.pread(3, 0)) == b"raw"
+
+
+@pytest.mark.parametrize("how", ["drive", "serve"])
+def test_a_name_that_nbdkit_cannot_take_is_told(how: str, image: Path, tmp_path: Path) -> None:
+    hidden = image.rename(tmp_path / os.fsdecode(b"disk\xff.qcow2"))
+    if how == "drive":
+        with pytest.raises(CannotServeError, match=r"UTF-8.*disk\\xff\.qcow2"), guestfs_drive(hidden):
+            pass
+    else:
+        ended = qcow2("serve", "--run", "true", hidden)
+        assert ended.status == 1
+        assert "only names in UTF-8" in ended.stderr
+
+
+def test_qemu_cannot_write_to_a_data_file_that_is_the_drive(tmp_path: Path) -> None:
+    """As a command that writes would have it do."""
+    with guestfs_drive(with_data_file(tmp_path)) as drive, pytest.raises(ToolError, match="write"):
+        run("qemu-io", "-f", "raw", "-c", "write 0 512", drive.path)
+
+
 def test_options_reach_the_plugin(tmp_path: Path) -> None:
     (tmp_path / "base.raw").write_bytes(b"base" * 512)
     overlay = tmp_path / "overlay.qcow2"
@@ -183,6 +211,29 @@ def test_it_prints_the_data_file_where_it_is_the_disk(tmp_path: Path) -> None:
     ended = qcow2("guestfs", "--rw", path, "--", "guestfish", "-a", "other")
     assert "qcow2 serve --writable --socket=" in ended.stdout
     assert "guestfish --rw --format=raw -a 'nbd://?socket=" in ended.stdout
+
+
+@pytest.mark.parametrize("name", [b"a b'c,:%", b"-x", b"\x1b[2J\n\\'", "\u202e\u00fc".encode()])
+def test_what_it_prints_is_safe_and_can_be_typed(name: bytes, tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(name)
+    folder.mkdir()
+    script = tmp_path / "words"
+    script.write_text("#!/bin/sh\nprintf '%s\\0' \"$@\"\n")
+    script.chmod(0o755)
+    ended = qcow2("guestfs", with_data_file(folder), "--", script)
+    assert ended.status == 0, ended.stderr
+    for line in ended.stdout.split("\n"):
+        assert_harmless_text(line)
+    typed = "\n".join(line for line in ended.stdout.splitlines() if not line.startswith("#"))
+    said = run("bash", "-c", typed)
+    assert os.fsencode(said).split(b"\0")[2] == bytes(folder / "raw.data")
+
+
+@pytest.mark.parametrize("run", [(), ("--run",)])
+def test_a_command_that_writes_takes_rw(run: tuple[str, ...], tmp_path: Path) -> None:
+    ended = qcow2("guestfs", *run, with_data_file(tmp_path), "--", "/usr/bin/virt-customize", "--hostname=x")
+    assert ended.status == 2
+    assert "virt-customize writes to the disks" in ended.stderr
 
 
 @pytest.mark.parametrize("option", ["--snapshot=7", "--allow-damaged", "-U"])
@@ -292,6 +343,18 @@ def test_hostile_names_reach_no_terminal_and_programs_as_they_are(
         **{"device": NASTY, "type": NASTY, "label": NASTY, "uuid": NASTY, "size": None, "free": 1}
     }
     assert json.loads((tmp_path / "request").read_bytes())["applications"] is False
+
+
+def test_what_a_guest_says_at_length_is_cut_for_people(
+    image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = nasty_guest()
+    told["systems"][0] |= {"host_name": "h" * 4096, "mount_points": {f"/{number}": "d" * 4096 for number in range(900)}}
+    answer(told, "", tmp_path, monkeypatch)
+    lines = qcow2("inspect", image).stdout.splitlines()
+    assert max(len(line) for line in lines) < 6000
+    assert any(line.endswith("... and 880 more") for line in lines)
+    assert any(line.endswith("h...") for line in lines)
 
 
 def test_an_answer_of_another_form_is_refused(image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

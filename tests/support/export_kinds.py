@@ -5,6 +5,7 @@ Owns how each is made and how it is to be opened. What the guest sees is asked o
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -109,6 +110,16 @@ def shorter_backing(directory: Path) -> Kind:
     return Kind(path)
 
 
+def longer_backing(directory: Path) -> Kind:
+    """The backing file goes on where the disk has ended, in the middle of a cluster."""
+    base = directory / "base.qcow2"
+    _made(directory).rename(base)
+    path = directory / "image.qcow2"
+    qemu_img("create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", "base.qcow2", path, str((3 << 20) + 512 * 37))
+    qemu_io(path, "write -q -P 3 1900k 300k")
+    return Kind(path)
+
+
 def _compressed(directory: Path, method: str) -> Kind:
     lived, path = _made(directory), directory / "compressed.qcow2"
     qemu_img("convert", "-c", "-O", "qcow2", "-o", f"compression_type={method}", lived, path)
@@ -148,6 +159,21 @@ def raw_data_file(directory: Path) -> Kind:
     return Kind(path, options={"data_file": directory / "data"})
 
 
+def shorter_data_file(directory: Path) -> Kind:
+    """With a data file that ends in the middle of a cluster, long before the disk."""
+    path = _made(directory, f"data_file={directory / 'data'}", compress=False)
+    os.truncate(directory / "data", 1_500_001)
+    return Kind(path, options={"data_file": directory / "data"})
+
+
+def longer_data_file(directory: Path) -> Kind:
+    """With a data file that goes on where the disk has ended."""
+    path = _made(directory, f"data_file={directory / 'data'},data_file_raw=on", _SIZE + 512, compress=False)
+    with (directory / "data").open("ab") as file:
+        file.write(b"behind" * 50_000)
+    return Kind(path, options={"data_file": directory / "data"})
+
+
 def zero_clusters(directory: Path) -> Kind:
     """Zeros that keep old bytes where they stand, which nobody may see."""
     builder = ImageBuilder(_SIZE).data(1, b"shown" * 100).zero(2).zero(3, preallocated=True, payload=b"hidden" * 1000)
@@ -159,6 +185,16 @@ def zero_clusters(directory: Path) -> Kind:
 def preallocated(directory: Path) -> Kind:
     """All clusters are mapped, few are there."""
     return Kind(_made(directory, "preallocation=metadata", compress=False))
+
+
+def large_subclusters(directory: Path) -> Kind:
+    """Of 64 KiB, over a raw file whose end is in the middle of one."""
+    (directory / "base.raw").write_bytes(b"below" * 800_000)
+    path = directory / "image.qcow2"
+    options = "extended_l2=on,cluster_size=2M"
+    qemu_img("create", "-q", "-f", "qcow2", "-F", "raw", "-b", "base.raw", "-o", options, path, str(_SIZE))
+    qemu_io(path, *[f"write -q -P {1 + n} {n * 700_000 // 512 * 512} 3k" for n in range(7)], "write -q -z 1M 70k")
+    return Kind(path)
 
 
 def small_clusters(directory: Path) -> Kind:
@@ -198,13 +234,17 @@ KINDS: tuple[Callable[[Path], Kind], ...] = (
     three_layers,
     raw_backing,
     shorter_backing,
+    longer_backing,
     deflate,
     zstd,
     subclusters,
     data_file,
     raw_data_file,
+    shorter_data_file,
+    longer_data_file,
     zero_clusters,
     preallocated,
+    large_subclusters,
     small_clusters,
     large_clusters,
     mixture,

@@ -36,6 +36,8 @@ class TinyGuest:
     host_name: str = "tiny-guest"
     version: str = "12.5"
     label: str = "root"
+    has_second: bool = True
+    """With a second partition, which takes libguestfs two seconds more where there is no KVM."""
     files: dict[str, bytes] = field(default_factory=dict)
 
     def write_tree(self, folder: Path) -> Path:
@@ -62,7 +64,7 @@ class TinyGuest:
         return folder
 
     def build(self, path: Path, scratch: Path) -> Path:
-        """A raw disk at `path`: GPT, the root file system, and a second partition that is empty.
+        """A raw disk at `path`: GPT, the root file system, and perhaps a second partition that is empty.
 
         `scratch` is a folder for its files, made here.
         """
@@ -70,7 +72,7 @@ class TinyGuest:
         with open(path, "wb") as disk:
             disk.truncate(SIZE)
         table = f"label: gpt\nstart=1MiB, size={ROOT_LENGTH // MIB}MiB, type=linux\n"
-        table += f"size={SECOND_LENGTH // MIB}MiB, type=linux\n"
+        table += f"size={SECOND_LENGTH // MIB}MiB, type=linux\n" if self.has_second else ""
         run("sh", "-c", 'printf %s "$1" | sfdisk -q "$2"', "sh", table, path)
         options = ("-L", self.label, "-d", scratch, "-E", f"offset={ROOT_OFFSET}")
         run("mke2fs", "-q", "-F", "-t", "ext4", *options, path, f"{ROOT_LENGTH // 1024}k")

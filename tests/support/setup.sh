@@ -16,6 +16,9 @@ venv=$root/.venv
 python=/usr/bin/python3 # not the first on PATH: nbdkit embeds the distribution's
 log=
 
+# Where mke2fs and sfdisk are, which are no administrator's tools here.
+PATH=$PATH:/usr/sbin:/sbin
+
 # An environment made for another Python must not leak into this one.
 unset PYTHONHOME PYTHONPATH
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1 PIP_ROOT_USER_ACTION=ignore PIP_USER=0

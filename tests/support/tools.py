@@ -54,7 +54,7 @@ def run(*command: str | Path, timeout: float = TIMEOUT) -> str:
 
 
 def _environment() -> dict[str, str]:
-    return {**os.environ, "LC_ALL": "C"}
+    return {**os.environ, "LC_ALL": "C", "PATH": f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"}  # mke2fs
 
 
 def qemu_img(*arguments: str | Path, timeout: float = TIMEOUT) -> str:

@@ -266,6 +266,42 @@ def test_the_name_that_is_recorded(folder: Path) -> None:
     assert (linked.recorded_name, linked.needs_trust) == (b"link.raw", True)
 
 
+def test_a_volume_behind_a_link_and_back(folder: Path) -> None:
+    """ ".." of a link is the parent of where it leads: another file of that name is not the volume."""
+    (folder / "far" / "away").mkdir(parents=True)
+    (folder / "images").mkdir()
+    (folder / "link").symlink_to("far/away")
+    Path("far/disk.raw").write_bytes(b"volume" * 1024)
+    adopted = adopt("link/../disk.raw", "images/disk.qcow2")
+    assert adopted.recorded_name == os.fsencode(folder / "far" / "disk.raw")
+    with open_image("images/disk.qcow2", policy=Policy.TRUSTED) as image:
+        assert image.pread(6144, 0) == b"volume" * 1024
+
+
+def test_the_longest_name_of_an_image(folder: Path) -> None:
+    adopt("disk.raw", "x" * 255)
+    assert check("x" * 255, deep=True).is_sound
+
+
+def test_messages_have_the_name_that_was_given(folder: Path) -> None:
+    with pytest.raises(FileNotFoundError) as caught:
+        adopt("disk.raw", "nowhere/disk.qcow2")
+    assert caught.value.filename == "nowhere/disk.qcow2"
+
+
+def test_a_volume_whose_name_goes_meanwhile(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Nothing is asked of it once the image has its name, so that an error would leave an image."""
+    calls = FileCalls(monkeypatch)
+
+    def unlink() -> None:
+        calls.before = lambda: None
+        os.unlink("disk.raw")
+
+    calls.before = unlink
+    assert not adopt("disk.raw", "disk.qcow2").needs_trust
+    assert list(contents(folder)) == ["disk.qcow2"]
+
+
 # ---- crashes and failures
 
 

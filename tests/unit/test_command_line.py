@@ -93,6 +93,9 @@ def test_what_is_not_asked_for_does_not() -> None:
 
 def test_values_are_taken_as_what_they_mean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "far" / "away").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("far/away")
+    assert given(data_file="link/../data").data_file == str(tmp_path / "far" / "data")
     parameters = given(data_file="a/../data", policy="trusted", cache_size="17", backing_format="raw")
     assert parameters.file == str(tmp_path / "disk.qcow2")
     assert parameters.data_file == str(tmp_path / "data")

@@ -383,6 +383,8 @@ def test_the_data_file_is_named_so_that_it_is_found_again(folder: Path) -> None:
     (folder / "images").mkdir()
     (folder / "data").mkdir()
     (folder / "link").symlink_to("images")
+    (folder / "data" / "deep").mkdir()
+    (folder / "deep").symlink_to("data/deep")
     for image, data, stored in (
         ("a.qcow2", "a.data", "a.data"),
         (folder / "b.qcow2", "b.data", "b.data"),
@@ -392,6 +394,7 @@ def test_the_data_file_is_named_so_that_it_is_found_again(folder: Path) -> None:
         ("images/f.qcow2", "data/f.data", str(folder / "data" / "f.data")),
         ("images/g.qcow2", "g.data", str(folder / "g.data")),
         ("h.qcow2", "a:h.data", str(folder / "a:h.data")),
+        ("images/i.qcow2", "deep/../i.data", str(folder / "data" / "i.data")),
     ):
         create_image(image, MIB, data_file=data)
         assert stored_name(str(image)) == stored

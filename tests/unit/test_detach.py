@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -253,6 +254,30 @@ def test_a_name_that_changes_hands(monkeypatch: pytest.MonkeyPatch, folder: Path
     with pytest.raises(DetachError, match="another file by now"):
         detach("disk.qcow2")
     assert (folder / "disk.qcow2").read_bytes() == b"precious"
+
+
+@pytest.mark.parametrize("swap", [lambda: os.replace("other", "disk.raw"), lambda: os.unlink("disk.raw")])
+def test_a_data_file_whose_name_changes_hands(swap: Callable[[], None], folder: Path) -> None:
+    make()
+    Path("other").write_bytes(b"not the disk")
+    image = Path("disk.qcow2").read_bytes()
+    swaps = [swap]
+
+    def progress(done: int, total: int) -> None:
+        while swaps:
+            swaps.pop()()
+
+    with no_descriptor_left(), pytest.raises(DetachError, match=r"another file by now, or of none .*disk\.raw"):
+        detach("disk.qcow2", progress=progress)
+    assert Path("disk.qcow2").read_bytes() == image
+
+
+def test_a_data_file_behind_a_link_and_back(folder: Path) -> None:
+    (folder / "far" / "away").mkdir(parents=True)
+    (folder / "link").symlink_to("far/away")
+    make()
+    os.rename("disk.raw", "far/disk.raw")
+    assert detach("disk.qcow2", data_file="link/../disk.raw").data_file == str(folder / "far" / "disk.raw")
 
 
 # ---- crashes and failures

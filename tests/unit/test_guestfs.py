@@ -34,7 +34,7 @@ class GuestFS:
     def set_backend_setting(self, name, value):
         self.settings[name] = value
     def add_drive_opts(self, path, **options):
-        assert options["format"] == "raw", options
+        assert (options["format"], options["readonly"]) == ("raw", True), options
     def launch(self):
         if GUEST.get("broken") or GUEST.get("needs_tcg") and "force_tcg" not in self.settings:
             raise RuntimeError("launch failed\\nDo: export LIBGUESTFS_DEBUG=1")
@@ -45,12 +45,15 @@ class GuestFS:
             told = GUEST[name]
             if isinstance(told, dict) and "by" in told:
                 told = told["by"].get(arguments[0])
+            if told == "refused":
+                raise RuntimeError(f"{name}: no")
             if told == "not text":
                 raise UnicodeDecodeError("utf-8", b"\\xff", 0, 1, "invalid")
             return bytes(told, "latin-1")[arguments[2]:][:arguments[1]] if name == "pread" else told
         return call
 '''
 GUEST: dict[str, Any] = {
+    "ping_daemon": None,
     "list_devices": ["/dev/sda"],
     "list_partitions": ["/dev/sda1"],
     "list_filesystems": {"/dev/sda1": "ext4"},
@@ -70,6 +73,8 @@ GUEST: dict[str, Any] = {
     "inspect_get_major_version": 12,
     "inspect_get_hostname": "name",
 }
+
+READABLE = {"exists": True, "is_dir": False, "is_file": True, "filesize": 5, "pread": "bytes"}
 
 Fake = Callable[[str], Path]
 
@@ -166,9 +171,10 @@ def test_the_request_and_the_answer(tmp_path: Path, fake: Fake) -> None:
     assert json.loads((tmp_path / "request").read_bytes()) == {
         "verb": "read",
         "drives": [
-            {"kind": "raw", "path": FILE.path, "writable": False},
-            {"kind": "nbd", "path": WRITABLE.path, "writable": True},
+            {"kind": "raw", "path": FILE.path},
+            {"kind": "nbd", "path": WRITABLE.path},
         ],
+        "asked_by": os.getpid(),
         "without_kvm": False,
         "path": "/etc",
         "payload_limit": 100,
@@ -298,6 +304,40 @@ def test_names_that_are_no_text_cost_only_themselves(guest: Guests) -> None:
     assert found.operating_systems[0].applications is None
 
 
+def test_a_guest_whose_fstab_is_no_text_has_a_root_all_the_same(guest: Guests) -> None:
+    guest(**READABLE, inspect_get_mountpoints="not text", inspect_list_applications2=[])
+    (found,) = inspect([FILE], applications=True)
+    assert found.operating_systems[0].mount_points == {"/": "/dev/sda1"}
+    assert found.operating_systems[0].applications == ()
+    assert read_guest_file(FILE, "/etc/motd") == b"bytes"
+
+
+def test_an_answer_that_is_no_text_is_told(guest: Guests) -> None:
+    guest(**READABLE, mount_ro="not text")
+    with pytest.raises(GuestError, match="codec can't decode"):
+        read_guest_file(FILE, "/etc/motd", device="/dev/sda1")
+
+
+def test_an_appliance_that_dies_of_a_guest_does_not_look_like_an_empty_guest(guest: Guests) -> None:
+    guest(ping_daemon="refused", inspect_os="refused", mount_ro="refused")
+    with pytest.raises(GuestError, match="virtual machine died of what is on the disks: ping_daemon: no"):
+        inspect([FILE])
+
+
+def test_drives_that_can_be_written_to_are_only_read(guest: Guests) -> None:
+    guest()  # which insists on it
+    inspect([WRITABLE])
+
+
+def test_a_child_whose_parent_was_killed_ends_before_it_launches(
+    guest: Guests, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guest()
+    monkeypatch.setattr("os.getpid", lambda: 1)
+    with pytest.raises(GuestError, match="without an answer"):
+        inspect([FILE])
+
+
 def test_long_names_and_long_lists_are_cut(guest: Guests) -> None:
     part = GUEST["part_list"][0]
     application = {"app2_name": "n" * 300, "app2_version": "1", "app2_release": "", "app2_arch": ""}
@@ -322,6 +362,7 @@ def test_a_label_that_two_disks_have_means_the_own_disk(guest: Guests) -> None:
         list_filesystems={"/dev/sda1": "ext4", "/dev/sda2": "ext4", "/dev/sdb1": "ext4", "/dev/sdb2": "ext4"},
         part_to_dev={"by": {f"/dev/sd{disk}{part}": f"/dev/sd{disk}" for disk in "ab" for part in "12"}},
         vfs_label={"by": {f"/dev/sd{disk}{part}": part for disk in "ab" for part in "12"}},
+        vfs_uuid={"by": {f"/dev/sd{disk}{part}": part for disk in "ab" for part in "12"}},
         inspect_os=["/dev/sda1", "/dev/sdb1"],
         inspect_get_mountpoints={"/": "/dev/sda1", "/home": "/dev/sda2", "/other": "/dev/mapper/x"},
     )
@@ -336,6 +377,41 @@ def test_a_label_that_two_disks_have_means_the_own_disk(guest: Guests) -> None:
         "/home": "/dev/sdb2",
         "/other": "/dev/mapper/x",
     }
+
+
+@pytest.mark.parametrize("known_by", ["label", "name"])
+def test_another_guests_disk_is_not_mounted(known_by: str, guest: Guests) -> None:
+    """Two guests of one installer: their labels or the names in their fstabs are the same, their UUIDs are not."""
+    devices = [f"/dev/sd{disk}{part}" for disk in "ab" for part in "12"]
+    label = {"by": {device: device[-1] for device in devices}} if known_by == "label" else ""
+    guest(
+        list_devices=["/dev/sda", "/dev/sdb"],
+        list_partitions=devices,
+        list_filesystems=dict.fromkeys(devices, "ext4"),
+        part_to_dev={"by": {device: device[:-1] for device in devices}},
+        vfs_label=label,
+        vfs_uuid={"by": {device: f"uuid-{device}" for device in devices}},
+        inspect_os=["/dev/sda1", "/dev/sdb1"],
+        inspect_get_mountpoints={"/": "/dev/sda1", "/var": "/dev/sda2"},
+    )
+    first, second = inspect([FILE, SOCKET])
+    assert first.operating_systems[0].mount_points == {"/": "/dev/sda1", "/var": "/dev/sda2"}
+    assert second.operating_systems[0].mount_points == {"/": "/dev/sdb1", "/var": "/dev/sdb2"}
+
+
+def test_a_second_disk_of_one_guest_is_its_own(guest: Guests) -> None:
+    guest(
+        list_devices=["/dev/sda", "/dev/sdb"],
+        list_partitions=["/dev/sda1", "/dev/sdb1"],
+        list_filesystems={"/dev/sda1": "ext4", "/dev/sdb1": "ext4"},
+        part_to_dev={"by": {"/dev/sda1": "/dev/sda", "/dev/sdb1": "/dev/sdb"}},
+        vfs_label="",
+        vfs_uuid={"by": {"/dev/sda1": "a", "/dev/sdb1": "b"}},
+        inspect_get_mountpoints={"/": "/dev/sda1", "/var": "/dev/sdb1"},
+    )
+    first, second = inspect([FILE, SOCKET])
+    assert first.operating_systems[0].mount_points == {"/": "/dev/sda1", "/var": "/dev/sdb1"}
+    assert second.operating_systems == ()
 
 
 def test_copies_that_one_kernel_cannot_tell_apart_are_looked_at_one_by_one(guest: Guests) -> None:
@@ -357,9 +433,6 @@ def test_no_images_need_no_libguestfs(fake: Fake) -> None:
 # ---- files
 
 
-READABLE = {"exists": True, "is_dir": False, "is_file": True, "filesize": 5, "pread": "bytes"}
-
-
 def test_a_file_is_read(guest: Guests) -> None:
     guest(**READABLE)
     assert read_guest_file(FILE, "/etc/motd") == b"bytes"
@@ -376,13 +449,19 @@ def test_a_file_is_read(guest: Guests) -> None:
         ({"filesize": 50}, "became shorter"),
         ({"inspect_os": []}, "no operating system is found"),
         ({"inspect_os": ["/dev/sda1", "/dev/\x1b"]}, r"several operating systems, on /dev/sda1, /dev/\\x1b; name"),
-        ({"inspect_get_mountpoints": {}}, "cannot be mounted"),
+        ({"mount_ro": "refused"}, "cannot be mounted"),
     ],
 )
 def test_a_file_that_cannot_be_read(told: dict[str, Any], message: str, guest: Guests) -> None:
     guest(**{**READABLE, **told})
     with pytest.raises(GuestError, match=message):
         read_guest_file(FILE, "/etc/motd", limit=100)
+
+
+@pytest.mark.parametrize(("path", "device"), [("/etc/\udcff", None), ("/etc/motd", "/dev/\udcff")])
+def test_names_that_the_module_cannot_take_are_refused(path: str, device: str | None) -> None:
+    with pytest.raises(OptionError, match="only names in UTF-8"):
+        read_guest_file(FILE, path, device=device)
 
 
 @pytest.mark.parametrize("path", ["etc/motd", "", "/a\0b"])

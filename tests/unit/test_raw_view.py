@@ -51,6 +51,16 @@ def test_relative_names_are_told_absolute(image: Path, monkeypatch: pytest.Monke
         assert view.path == str(image.with_suffix(".raw"))
 
 
+def test_the_path_leads_to_the_file_that_is_locked(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also through ".." behind a link, which is the parent of where the link leads."""
+    (image.parent / "below" / "elsewhere").mkdir(parents=True)
+    image.with_suffix(".raw").rename(image.parent / "below" / "disk.raw")
+    (image.parent / "link").symlink_to("below/elsewhere")
+    monkeypatch.chdir(image.parent)
+    with raw_view(image, data_file="link/../disk.raw") as view:
+        assert os.path.samefile(view.path, "below/disk.raw")
+
+
 def test_a_dirty_image_has_a_raw_view(image: Path) -> None:
     set_field(image, "incompatible_features", _DATA_FILE | _DIRTY)
     with raw_view(image) as view:

@@ -109,7 +109,7 @@ def test_the_name_of_a_data_file(
         os.rename("images/disk.raw", f"images/{to}")
     expected = f"{folder}{name}" if name.startswith("/") else name
     found = relocate("images/disk.qcow2", data_file=f"images/{to}", form=form, missing=missing)
-    assert found == Relocated(expected.encode(), None, needs_trust)
+    assert found == Relocated(expected.encode(), None, ("data file",) if needs_trust else ())
     if missing:
         os.rename("images/disk.raw", f"images/{to}")
     with open_image("images/disk.qcow2", policy=Policy.TRUSTED if needs_trust else Policy.CONFINED) as image:
@@ -130,12 +130,33 @@ def test_a_directory_that_is_reached_through_a_link(folder: Path) -> None:
         assert image.pread(MIB // 4, 0) == Path("disk.raw").read_bytes()[: MIB // 4]
 
 
+@pytest.mark.parametrize("missing", [False, True])
+@pytest.mark.parametrize("form", [None, "absolute"])
+def test_a_name_behind_a_link_and_back(form: module.Form | None, missing: bool, folder: Path) -> None:
+    (folder / "far" / "away").mkdir(parents=True)
+    (folder / "link").symlink_to("far/away")
+    adopt("disk.raw", "disk.qcow2")
+    if not missing:
+        shutil.copy("disk.raw", "far/disk.raw")
+    expected = "far/disk.raw" if form is None else f"{folder}/far/disk.raw"
+    found = relocate("disk.qcow2", data_file="link/../disk.raw", form=form, missing=missing)
+    assert found.data_file == expected.encode()
+
+
+def test_a_link_is_followed_only_by_those_who_trust(folder: Path) -> None:
+    adopt("disk.raw", "disk.qcow2")
+    (folder / "link.raw").symlink_to("disk.raw")
+    assert relocate("disk.qcow2", data_file="link.raw") == Relocated(b"link.raw", None, ("data file",))
+    with pytest.raises(ReferenceDeniedError, match="symlink"):
+        open_image("disk.qcow2")
+
+
 @pytest.mark.parametrize("name", ["other.qcow2", f"sub/{LONG}"])
 def test_the_name_of_a_backing_file(name: str) -> None:
     overlay()
     view = convert_to_raw(Path("overlay.qcow2"))
     os.rename("base.qcow2", name)
-    assert relocate("overlay.qcow2", backing_file=name) == Relocated(None, name.encode(), False)
+    assert relocate("overlay.qcow2", backing_file=name) == Relocated(None, name.encode(), ())
     assert convert_to_raw(Path("overlay.qcow2")) == view
     qemu_img("check", "overlay.qcow2")
     known = qemu_img_json("info", "overlay.qcow2")
@@ -151,7 +172,7 @@ def test_both_at_once_and_another_format() -> None:
     create_image("disk.qcow2", MIB, data_file="old.raw", backing_file="base.raw.qcow2", backing_format="qcow2")
     os.rename("old.raw", "new.raw")
     found = relocate("disk.qcow2", data_file="new.raw", backing_file="disk.raw", backing_format="raw")
-    assert found == Relocated(b"new.raw", b"disk.raw", False)
+    assert found == Relocated(b"new.raw", b"disk.raw", ())
     assert convert_to_raw(Path("disk.qcow2"))[: 300 * KIB] == Path("disk.raw").read_bytes()
 
 
@@ -212,6 +233,16 @@ def test_no_file_gets_two_parts(folder: Path) -> None:
             relocate("top.qcow2", backing_file=name, backing_format="raw")
     with nothing_changes(ReferenceDeniedError, "the same file as"):
         relocate("top.qcow2", backing_file="disk.raw", data_file="disk.raw", backing_format="raw")
+
+
+def test_no_file_that_is_not_there_gets_two_parts() -> None:
+    create_image("base.qcow2", MIB)
+    create_image("top.qcow2", data_file="top.raw", backing_file="base.qcow2", backing_format="qcow2")
+    with nothing_changes(RelocateError, "as its data file and as its backing file"):
+        relocate("top.qcow2", backing_file="gone", data_file="gone", missing=True)
+    os.unlink("top.raw")
+    with nothing_changes(RelocateError, "as its data file and as its backing file"):
+        relocate("top.qcow2", backing_file="top.raw", missing=True)
 
 
 def test_no_loop() -> None:
@@ -281,6 +312,9 @@ def test_names_that_cannot_be_recorded(folder: Path) -> None:
     os.rename("disk.raw", "x" * 250)
     with nothing_changes(RelocateError, "driver or URL prefix"):
         relocate("disk.qcow2", data_file="a:b", form="relative", missing=True)
+    for name in ("", "sub/", "sub/..", "."):
+        with nothing_changes(RelocateError, "it is not that of a file"):
+            relocate("disk.qcow2", data_file=name, missing=True)
     with nothing_changes(RelocateError, "longer than 1023"):
         relocate("disk.qcow2", data_file="/".join(["y" * 250] * 5), missing=True)
     with nothing_changes(HeaderFullError, "no room"):
@@ -373,6 +407,39 @@ def test_verified_backing_files() -> None:
     relocate("overlay.qcow2", backing_file="base.qcow2", backing_format="qcow2")
 
 
+def test_verified_for_a_snapshot_of_a_larger_disk() -> None:
+    """What only the snapshot sees of the backing file counts, too."""
+    create_image("base.qcow2", 2 * MIB)
+    with open_image("base.qcow2", writable=True) as image:
+        image.pwrite(b"x" * 1000, 2 * MIB - 5000)
+    create_image("overlay.qcow2", backing_file="base.qcow2", backing_format="qcow2")
+    create_snapshot("overlay.qcow2", "large")
+    with open_image("overlay.qcow2", writable=True) as image:
+        image.resize(MIB, allow_shrink=True)
+    qemu_img("convert", "-O", "qcow2", "base.qcow2", "copy.qcow2")
+    create_image("empty.qcow2", 2 * MIB)
+    with nothing_changes(RelocateError, f"differ at offset {2 * MIB - 5000:#x} of the disk"):
+        relocate("overlay.qcow2", backing_file="empty.qcow2", verify=True)
+    relocate("overlay.qcow2", backing_file="copy.qcow2", verify=True)
+
+
+def test_a_new_file_that_goes_meanwhile(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Nothing is asked of it once the name is changed, so that an error would say that it is not."""
+    adopt("disk.raw", "disk.qcow2")
+    shutil.copy("disk.raw", "d.raw")
+    calls = FileCalls(monkeypatch)
+
+    def unlink() -> None:
+        if calls.calls:  # the first one is about the file, and the others change the image
+            calls.before = lambda: None
+            os.unlink("d.raw")
+
+    calls.before = unlink
+    assert relocate("disk.qcow2", data_file="d.raw") == Relocated(b"d.raw", None, ())
+    assert not (folder / "d.raw").exists()
+    assert told("disk.qcow2").data_file == "d.raw"
+
+
 # ---- attach
 
 
@@ -381,7 +448,7 @@ def test_attach_to_an_image_without_a_name() -> None:
     qemu_img("amend", "-f", "qcow2", "-o", "data_file=", "disk.qcow2")
     with pytest.raises(MissingReferenceError):
         open_image("disk.qcow2")
-    assert attach("disk.qcow2", "disk.raw") == Relocated(b"disk.raw", None, False)
+    assert attach("disk.qcow2", "disk.raw") == Relocated(b"disk.raw", None, ())
     assert attach("disk.qcow2", "disk.raw", form="absolute").needs_trust
     assert check("disk.qcow2", deep=True, policy=Policy.TRUSTED).is_sound
 
@@ -508,6 +575,10 @@ def test_the_commands(folder: Path) -> None:
     assert ended.stdout == "backing file: ../b.qcow2\n"
     assert "takes --policy=trusted or --backing-file" in ended.stderr
     assert qcow2("relocate", "overlay.qcow2").status == 2
+    create_image("both.qcow2", MIB, data_file="../both.raw", backing_file="base.qcow2", backing_format="qcow2")
+    ended = qcow2("relocate", "--data-file=../both.raw", "-b", "base.qcow2", "both.qcow2")
+    assert f'note: the data file is recorded as "{folder.parent}/both.raw"' in ended.stderr
+    assert "--backing-file" not in ended.stderr
     assert qcow2("relocate", "--missing", "-b", "later.qcow2", "overlay.qcow2").status == 0
     ended = qcow2("relocate", "-b", "overlay.qcow2", "overlay.qcow2")
     assert (ended.status, "same file as the image" in ended.stderr) == (1, True)

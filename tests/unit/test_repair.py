@@ -304,7 +304,7 @@ def test_a_name_that_cannot_be_made_durable_leaves_no_copy(tmp_path: Path, monke
     def fail(_: str) -> None:
         raise OSError(errno.EIO, "no")
 
-    monkeypatch.setattr("qcow2_plugin.operations.repair_copy.make_names_durable", fail)
+    monkeypatch.setattr("qcow2_plugin.operations.new_files.make_names_durable", fail)
     with pytest.raises(OSError, match="no"):
         repair_to(damaged(tmp_path), tmp_path / "repaired.qcow2", mode="all")
     assert sorted(each.name for each in tmp_path.iterdir()) == ["built.qcow2", "disk.qcow2"]

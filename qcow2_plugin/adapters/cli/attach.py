@@ -30,7 +30,7 @@ def add_to(verbs: text.Verbs) -> None:
     )
     add_form(parser)
     parser.add_argument("-p", "--progress", action="store_true", help="show how far it is, on stderr")
-    parser.add_argument("-q", "--quiet", action="store_true", help="no notes")
+    parser.add_argument("-q", "--quiet", action="store_true", help="say nothing")
     text.add_policy(parser, "confined", "default: confined")
     text.add_image(parser)
     parser.add_argument("file", metavar="FILE", help="the external data file")

@@ -15,14 +15,16 @@ if TYPE_CHECKING:
 
 _DESCRIPTION = """\
 Prove that the external data file of IMAGE is, by itself, a raw image of the disk; only then make it exactly as long as
-the disk and remove IMAGE. Where it is not, say why, and change nothing. Interrupted, there is the image as it was, or
-the data file alone.
+the disk (a block device stays as long as it is) and remove IMAGE. Where it is not, say why, and keep IMAGE. If that is
+interrupted, there is the image as it was, or the data file alone. Overlays of IMAGE are not looked for.
 """
 _EXAMPLES = """\
 examples:
   qcow2 detach -n disk.qcow2               only prove it
   qcow2 detach disk.qcow2
   qcow2 detach --lose-bitmaps disk.qcow2   although its dirty bitmaps are lost by that
+  qcow2 relocate -b disk.raw -F raw overlay.qcow2
+      an overlay of disk.qcow2 has what that was as its backing file again
 """
 
 

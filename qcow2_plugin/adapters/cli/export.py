@@ -86,6 +86,7 @@ def add_to(verbs: text.Verbs) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    from qcow2_plugin.adapters.cli.guests import ended_by_signals
     from qcow2_plugin.adapters.cli.progress import Progress
     from qcow2_plugin.operations.export import export_as_data_file, export_raw
     from qcow2_plugin.storage.opener import Policy
@@ -115,13 +116,14 @@ def _run(arguments: argparse.Namespace) -> int:
     }
     told = {name: value for name, value in about_image.items() if value is not None}
     try:
-        if arguments.form == "raw":
-            if told:
-                raise OptionError(f"{', '.join(sorted(told))}: only with --as=external-data-file")
-            result, data_file = export_raw(arguments.image, arguments.target, **options), None
-        else:
-            data_file = told.pop("new_data_file", None) or _beside(arguments.target)
-            result, adopted = export_as_data_file(arguments.image, arguments.target, data_file, **told, **options)
+        with ended_by_signals():
+            if arguments.form == "raw":
+                if told:
+                    raise OptionError(f"{', '.join(sorted(told))}: only with --as=external-data-file")
+                result, data_file = export_raw(arguments.image, arguments.target, **options), None
+            else:
+                data_file = told.pop("new_data_file", None) or _beside(arguments.target)
+                result, adopted = export_as_data_file(arguments.image, arguments.target, data_file, **told, **options)
     finally:
         progress.clear()
     if arguments.output == "json":
@@ -154,4 +156,4 @@ def _tell(target: str, data_file: str | None, result: ExportResult) -> None:
     checked = "; read again and equal" if result.is_verified else ""
     print(f"Exported '{where}': {text.size(result.virtual_size)}{f' ({ways})' if ways else ''}{checked}")
     if result.is_device:
-        text.warn("what of the block device is behind the end of the disk stayed as it was")
+        text.warn("what of the block device is behind the end of the disk, if anything is, stayed as it was")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import secrets
 import shlex
 import shutil
 import signal
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from qcow2_plugin.adapters.cli import guests, text
 from qcow2_plugin.errors import printable
+from qcow2_plugin.storage.directory import absolute_path
 
 if TYPE_CHECKING:
     from qcow2_plugin.adapters.guestfs.drive import Drive
@@ -36,6 +38,8 @@ examples:
 """
 _WITH_MODE = frozenset({"guestfish", "guestmount", "virt-rescue"})
 """Commands that take --ro and --rw; the others are of one kind."""
+_WRITING = frozenset({"virt-copy-in", "virt-customize", "virt-edit", "virt-format", "virt-sysprep", "virt-tar-in"})
+"""Commands that write and take no --ro, so that they would write to a raw data file as well."""
 _DEFAULT_COMMAND = ("guestfish", "-i")
 _PRINTED = (_DEFAULT_COMMAND, ("virt-filesystems", "--all", "--long", "-h"), ("virt-inspector",))
 _FOR_READING = ("snapshot", "allow_damaged", "force_share")
@@ -83,6 +87,8 @@ def _run(arguments: argparse.Namespace) -> int:
         for name in _FOR_READING:
             if getattr(arguments, name):
                 arguments.usage_error(f"--{name.replace('_', '-')} is for reading only, it does not go with --rw")
+    elif arguments.command and os.path.basename(arguments.command[0]) in _WRITING:
+        arguments.usage_error(f"{os.path.basename(arguments.command[0])} writes to the disks, which takes --rw")
     if arguments.run:
         return _run_command(arguments, opening)
     _print_commands(arguments, opening)
@@ -161,12 +167,12 @@ def _print_commands(arguments: argparse.Namespace, opening: dict[str, Any]) -> N
             "# in terminals of their own, until Ctrl-C:" if len(servers) > 1 else "# in another terminal, until Ctrl-C:"
         )
         for words in servers:
-            print(shlex.join(words))
+            print(_typed(words))
         print("# then:")
     for name, value in _settings().items():
         print(f"export {name}={value}")
     for command in (arguments.command,) if arguments.command else _PRINTED:
-        print(shlex.join(_words(command, drives)))
+        print(_typed(_words(command, drives)))
     print("# or in Python:")
     for drive in drives:
         print(f"# {_call(drive)}")
@@ -176,12 +182,13 @@ def _future_drive(image: str, number: int, writable: bool, opening: dict[str, An
     """The drive as it will be when people serve the image themselves. The image is opened, to see that it can be."""
     from qcow2_plugin.adapters.guestfs.drive import Drive, guestfs_drive
 
-    path = os.path.abspath(image)
+    path = absolute_path(image)
     with guestfs_drive(path, **opening) as drive:
         if drive.kind == "raw" and not writable:
             return drive
     folder = os.environ.get("XDG_RUNTIME_DIR") or "/tmp"
-    return Drive(path, "nbd", os.path.join(folder, f"qcow2-{os.getpid()}-{number}.sock"), writable)
+    # Nobody else can have a socket of this name in /tmp already.
+    return Drive(path, "nbd", os.path.join(folder, f"qcow2-{secrets.token_hex(4)}-{number}.sock"), writable)
 
 
 def _serve_options(arguments: argparse.Namespace) -> list[str]:
@@ -190,9 +197,23 @@ def _serve_options(arguments: argparse.Namespace) -> list[str]:
     for name in ("snapshot", "data_file", "backing_file", "backing_format", "base_directory"):
         value = getattr(arguments, name)
         if value is not None:
-            options.append(f"--{name.replace('_', '-')}={os.path.abspath(value) if name in _PATHS else value}")
+            options.append(f"--{name.replace('_', '-')}={absolute_path(value) if name in _PATHS else value}")
     options += [f"--{name.replace('_', '-')}" for name in ("allow_damaged", "force_share") if getattr(arguments, name)]
     return options
+
+
+def _typed(words: Sequence[str]) -> str:
+    """The words as a shell takes them."""
+    return " ".join(map(_quoted, words))
+
+
+def _quoted(word: str) -> str:
+    """One word; as $'...' if it holds what could act on a terminal or is no text."""
+    if word.isprintable():
+        return shlex.quote(word)
+    plain = range(0x20, 0x7F)
+    known = (chr(byte) if byte in plain and byte not in b"'\\" else f"\\{byte:03o}" for byte in os.fsencode(word))
+    return f"$'{''.join(known)}'"
 
 
 def _call(drive: Drive) -> str:

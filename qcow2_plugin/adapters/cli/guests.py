@@ -47,12 +47,16 @@ def tell_of_launch() -> None:
 
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """While the block runs, SIGTERM and SIGHUP end this process as Ctrl-C does: what it started ends first."""
+    """While the block runs, SIGTERM and SIGHUP end this process as Ctrl-C does: what it started ends first.
+
+    One that is ignored, as by nohup, stays so.
+    """
 
     def end(number: int, _frame: FrameType | None) -> NoReturn:
         raise SystemExit(128 + number)
 
-    before = [(number, signal.signal(number, end)) for number in _ENDING]
+    heeded = [number for number in _ENDING if signal.getsignal(number) is not signal.SIG_IGN]
+    before = [(number, signal.signal(number, end)) for number in heeded]
     try:
         yield
     finally:

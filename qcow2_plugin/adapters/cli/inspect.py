@@ -27,6 +27,7 @@ examples:
   qcow2 inspect --snapshot=before-upgrade disk.qcow2
 """
 _SHOWN_APPLICATIONS = 1000
+_SHOWN_MOUNTS = 20
 _SHOWN = 200
 """Characters of a guest's text in a table."""
 
@@ -95,16 +96,18 @@ def _for_people(guest: Guest) -> Iterator[str]:
 def _system(system: OperatingSystem) -> Iterator[str]:
     version = ".".join(str(part) for part in (system.major, system.minor) if part is not None)
     packages = [word for word in (system.package_format, system.package_management) if word]
+    mounts = [f"{_shown(device)} on {_shown(path)}" for path, device in sorted(system.mount_points.items())]
+    more = [f"... and {len(mounts) - _SHOWN_MOUNTS} more"] if len(mounts) > _SHOWN_MOUNTS else []
     pairs = [
-        ("product", system.product_name),
-        ("system", " ".join(word for word in (system.type, system.distribution, version) if word)),
-        ("host name", system.host_name),
-        ("architecture", system.architecture),
-        ("packages", ", ".join(packages)),
-        ("mounts", ", ".join(f"{device} on {path}" for path, device in sorted(system.mount_points.items()))),
+        ("product", _shown(system.product_name)),
+        ("system", _shown(" ".join(word for word in (system.type, system.distribution, version) if word))),
+        ("host name", _shown(system.host_name)),
+        ("architecture", _shown(system.architecture)),
+        ("packages", _shown(", ".join(packages))),
+        ("mounts", ", ".join([*mounts[:_SHOWN_MOUNTS], *more]) or "-"),
     ]
     yield f"Operating system on {_shown(system.device)}:\n"
-    yield text.fields([(name, printable(value)) for name, value in pairs if value], "  ")
+    yield text.fields([(name, value) for name, value in pairs if value != "-"], "  ")
     if system.applications is not None:
         yield f"Installed there ({len(system.applications)}):\n"
         shown = system.applications[:_SHOWN_APPLICATIONS]

@@ -25,7 +25,8 @@ class Progress:
         if not self._asked and not (self._on_terminal and time.monotonic() - self._start > _UNASKED_AFTER):
             return
         percent = 100 * done // max(total, 1)
-        if percent == self._shown or (not self._on_terminal and percent < self._shown + 10 and percent >= self._shown):
+        is_step = self._on_terminal or percent == 100 or not self._shown <= percent < self._shown + 10
+        if percent == self._shown or not is_step:
             return
         self._shown = percent
         start, end = ("\r", "") if self._on_terminal else ("", "\n")

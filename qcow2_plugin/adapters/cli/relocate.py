@@ -50,7 +50,7 @@ def add_to(verbs: text.Verbs) -> None:
         "--verify", action="store_true", help="compare with the old file, which has to be there; they must be equal"
     )
     parser.add_argument("-p", "--progress", action="store_true", help="show how far it is, on stderr")
-    parser.add_argument("-q", "--quiet", action="store_true", help="no notes")
+    parser.add_argument("-q", "--quiet", action="store_true", help="say nothing")
     text.add_policy(parser, "confined", "default: confined")
     text.add_image(parser)
     parser.set_defaults(start=_run, usage_error=parser.error)
@@ -98,9 +98,6 @@ def tell(relocated: Relocated) -> None:
     for role, name in (("data file", relocated.data_file), ("backing file", relocated.backing_file)):
         if name is not None:
             print(f"{role}: {printable(name)}")
-    if relocated.needs_trust:
-        role, name = ("data file", relocated.data_file)
-        if relocated.backing_file is not None:
-            role, name = ("backing file", relocated.backing_file)
-        text.warn_of_trust(role, name or b"")
+            if role in relocated.needs_trust:
+                text.warn_of_trust(role, name)
     options.warn_of_data_file(None if relocated.data_file is None else printable(relocated.data_file))

@@ -83,14 +83,19 @@ def ask(
     payload_limit: int = 0,
     **request: Any,
 ) -> Answer:
-    """The child's answer to `verb`, after one launch with all these drives, within `timeout` seconds.
+    """The child's answer to `verb`, after one launch with all these drives, read-only, within `timeout` seconds.
 
     Raises NoGuestfsError; GuestError if it says that it could not, needs longer, or answers with more than
     `LINE_LIMIT` and `payload_limit` bytes; OSError.
     """
-    known = [{"kind": drive.kind, "path": drive.path, "writable": drive.writable} for drive in drives]
-    words = {"verb": verb, "drives": known, "without_kvm": _known.without_kvm, **request}
-    words["payload_limit"] = payload_limit
+    words = {
+        "verb": verb,
+        "asked_by": os.getpid(),
+        "drives": [{"kind": drive.kind, "path": drive.path} for drive in drives],
+        "without_kvm": _known.without_kvm,
+        "payload_limit": payload_limit,
+        **request,
+    }
     deadline = time.monotonic() + timeout
     for python in dict.fromkeys(_PYTHONS):
         if not os.access(python, os.X_OK):

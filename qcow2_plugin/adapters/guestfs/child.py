@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import signal
 import sys
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -44,10 +45,12 @@ def main() -> None:
         _answer({"no_guestfs": True})
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # QEMU gets it too, which ends the call that we are in
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != request["asked_by"]:
+        sys.exit(1)  # it was killed before it could take us with it
     drives, without_kvm = request["drives"], request["without_kvm"]
     try:
         g, without_kvm = _launched(drives, without_kvm)
-    except RuntimeError as error:
+    except (RuntimeError, UnicodeError) as error:
         _answer({"failure": _first_line(error), "at_launch": True})
     told: Told = {"without_kvm": without_kvm}
     payload = b""
@@ -58,7 +61,7 @@ def main() -> None:
             payload = _read_file(g, request["path"], request["device"], request["payload_limit"])
     except _Failure as failure:
         told["failure"] = str(failure)
-    except RuntimeError as error:  # as when the appliance dies
+    except (RuntimeError, UnicodeError) as error:  # as when the appliance dies, or says what is no text
         told["failure"] = _first_line(error)
     _answer(told, payload)
 
@@ -86,7 +89,7 @@ def _launch(drives: Sequence[Told], without_kvm: bool) -> Any:
     if without_kvm:
         g.set_backend_setting("force_tcg", "1")
     for drive in drives:
-        place, options = drive["path"], {"format": "raw", "readonly": not drive["writable"]}
+        place, options = drive["path"], {"format": "raw", "readonly": True}
         if drive["kind"] == "nbd":
             place, options = "", dict(options, protocol="nbd", server=["unix:" + drive["path"]])
         g.add_drive_opts(place, **options)
@@ -116,21 +119,36 @@ def _first_line(error: Exception) -> str:
 
 def _inspect(g: Any, disk_count: int, applications: bool) -> Told:
     devices = g.list_devices()[:disk_count]
-    systems = _file_systems(g)
-    if disk_count > 1 and _clash(g, devices):
+    tags = {device: _ask(g.blkid, device) or {} for device in (devices + g.list_partitions())[:_LIST_LIMIT]}
+    if disk_count > 1 and _clash(g, tags, devices):
         return {"clash": True}
+    systems = _file_systems(g)
     homes = {device: index for index, device in enumerate(devices)}
     guests = [
-        {"device": device, "size": _ask(g.blockdev_getsize64, device), **_partition_table(g, device)}
+        {"device": device, "size": _ask(g.blockdev_getsize64, device), **_partition_table(g, device, tags)}
         for device in devices
     ]
-    told_systems = [_told_file_system(g, name, kind, homes) for name, kind in systems]
+    told_systems = [_told_file_system(g, name, kind, homes, tags) for name, kind in systems]
     roots = (_ask(g.inspect_os) or [])[:_LIST_LIMIT]
-    known = [_told_system(g, root, applications, homes, told_systems) for root in roots]
+    places = {each["device"]: each for each in told_systems}
+    taken = [places[root]["disks"] for root in roots if root in places]
+    known = []
+    for root in roots:
+        mount_points = _own_mount_points(root, _mount_points(g, root), places, taken)
+        known.append(_told_system(g, root, mount_points, applications, homes))
+    _insist_on_life(g)
     return {"disks": guests, "file_systems": told_systems, "systems": known}
 
 
-def _partition_table(g: Any, device: str) -> Told:
+def _insist_on_life(g: Any) -> None:
+    """Raises _Failure if the appliance is gone: after that every question is refused, as if nothing were there."""
+    try:
+        g.ping_daemon()
+    except RuntimeError as error:
+        raise _Failure(f"libguestfs' virtual machine died of what is on the disks: {_first_line(error)}") from error
+
+
+def _partition_table(g: Any, device: str, tags: Mapping[str, Told]) -> Told:
     kind = _ask(g.part_get_parttype, device)
     partitions = [
         {
@@ -138,18 +156,18 @@ def _partition_table(g: Any, device: str) -> Told:
             "number": part["part_num"],
             "start": part["part_start"],
             "length": part["part_size"],
-            "type": _partition_type(g, kind, device, part["part_num"]),
+            "type": _partition_type(g, kind, device, part["part_num"], tags),
         }
         for part in (_ask(g.part_list, device) or [])[:_PARTITION_LIMIT]
     ]
     return {"partition_table": kind, "partitions": partitions}
 
 
-def _partition_type(g: Any, table: str | None, device: str, number: int) -> str | None:
+def _partition_type(g: Any, table: str | None, device: str, number: int, tags: Mapping[str, Told]) -> str | None:
     """GPT's GUID, or the number in a DOS table as 0x83."""
     if table == "gpt":
-        guid: str | None = _ask(g.part_get_gpt_type, device, number)
-        return guid
+        guid = tags.get(f"{device}{number}", {}).get("PART_ENTRY_TYPE") or _ask(g.part_get_gpt_type, device, number)
+        return guid.upper() if guid else None
     code = _ask(g.part_get_mbr_id, device, number)
     return None if code is None else f"0x{code:02x}"
 
@@ -163,14 +181,15 @@ def _file_systems(g: Any) -> list[tuple[str, str]]:
     return list(found.items())[:_LIST_LIMIT]
 
 
-def _told_file_system(g: Any, name: str, kind: str, homes: Mapping[str, int]) -> Told:
+def _told_file_system(g: Any, name: str, kind: str, homes: Mapping[str, int], tags: Mapping[str, Told]) -> Told:
     device = _ask(g.mountable_device, name) or name
+    known = tags.get(device)
     told = {
         "device": _clipped(name),
         "disks": _disks_of(g, device, homes),
         "type": _clipped(kind),
-        "label": _ask(g.vfs_label, name) or None,
-        "uuid": _ask(g.vfs_uuid, name) or None,
+        "label": None if known and "LABEL" not in known else _ask(g.vfs_label, name) or None,
+        "uuid": known.get("UUID") if known else _ask(g.vfs_uuid, name) or None,
         "size": _ask(g.blockdev_getsize64, device),
         "free": None,
     }
@@ -215,26 +234,26 @@ def _plain(uuids: Iterable[str]) -> set[str]:
     return {uuid.replace("-", "") for uuid in uuids}
 
 
-def _clash(g: Any, devices: Sequence[str]) -> bool:
+def _clash(g: Any, tags: Mapping[str, Told], devices: Sequence[str]) -> bool:
     """True if two disks hold parts that the kernel would take for one, as copies of a disk with LVM, RAID or btrfs."""
     seen: dict[str, str | None] = {}
-    for partition in (g.list_partitions() + devices)[:_LIST_LIMIT]:
-        tags = _ask(g.blkid, partition) or {}
-        if tags.get("TYPE") not in _SPANNING:
+    for partition, known in tags.items():
+        if known.get("TYPE") not in _SPANNING:
             continue
-        own = tags.get("UUID_SUB") or tags.get("UUID") or ""
+        own = known.get("UUID_SUB") or known.get("UUID") or ""
         disk = partition if partition in devices else _ask(g.part_to_dev, partition)
         if seen.setdefault(own, disk) != disk:
             return True
     return False
 
 
-def _told_system(g: Any, root: str, applications: bool, homes: Mapping[str, int], systems: Sequence[Told]) -> Told:
-    mount_points = _ask(g.inspect_get_mountpoints, root) or {}
+def _told_system(
+    g: Any, root: str, mount_points: Mapping[str, str], applications: bool, homes: Mapping[str, int]
+) -> Told:
     told = {
         "device": _clipped(root),
         "disks": _disks_of(g, _ask(g.mountable_device, root) or root, homes),
-        "mount_points": _own_mount_points(root, mount_points, systems),
+        "mount_points": mount_points,
     }
     for key, call in (
         ("type", g.inspect_get_type),
@@ -250,28 +269,46 @@ def _told_system(g: Any, root: str, applications: bool, homes: Mapping[str, int]
         value = _ask(call, root)
         told[key] = None if value in ("", "unknown") else value
     if applications:
-        told["applications"] = _installed(g, root, told["mount_points"])
+        told["applications"] = _installed(g, root, mount_points)
     return told
 
 
-def _own_mount_points(root: str, mount_points: Mapping[str, str], systems: Sequence[Told]) -> dict[str, str]:
-    """Where the guest mounts what. A label or UUID in its fstab can lead to a copy on another disk of this launch."""
-    places = {system["device"]: system for system in systems}
+def _mount_points(g: Any, root: str) -> dict[str, str]:
+    """What the guest mounts where; of one whose fstab is not text the root alone."""
+    return _ask(g.inspect_get_mountpoints, root) or {"/": root}
+
+
+def _own_mount_points(
+    root: str, mount_points: Mapping[str, str], places: Mapping[str, Told], taken: Sequence[list[int]]
+) -> dict[str, str]:
+    """Where the guest mounts what. A label, a UUID or a name as /dev/sda2 in its fstab can lead to a disk of another
+    guest in this launch; those with a system on them are `taken`.
+    """
     home = places.get(root, {}).get("disks")
     told = {}
     for path, device in list(mount_points.items())[:_LIST_LIMIT]:
-        told[_clipped(path)] = _clipped(root if path == "/" else _on_disks(home, device, places))
+        told[_clipped(path)] = _clipped(root if path == "/" else _on_disks(home, device, places, taken))
     return told
 
 
-def _on_disks(home: list[int] | None, device: str, places: Mapping[str, Told]) -> str:
-    """The device, or its copy on these disks."""
+def _on_disks(home: list[int] | None, device: str, places: Mapping[str, Told], taken: Sequence[list[int]]) -> str:
+    """The device, or what these disks have in its place."""
     meant = places.get(device)
     if meant is None or not home or meant["disks"] == home:
         return device
-    names = (meant["uuid"], meant["label"])
-    twins = [name for name, each in places.items() if each["disks"] == home and (each["uuid"], each["label"]) == names]
-    return twins[0] if twins else device
+    own = {name: each for name, each in places.items() if each["disks"] == home}
+    for key in ("uuid", "label"):
+        for name, each in own.items():
+            if meant[key] and each[key] == meant[key]:
+                return name
+    if meant["disks"] in taken:
+        return next((name for name in own if _number(name) == _number(device)), device)
+    return device
+
+
+def _number(device: str) -> str:
+    """As "2" of /dev/sda2."""
+    return device[len(device.rstrip("0123456789")) :]
 
 
 def _installed(g: Any, root: str, mount_points: Mapping[str, str]) -> list[Told] | None:
@@ -332,7 +369,7 @@ def _mount_only_system(g: Any) -> None:
         raise _Failure(
             f"there are several operating systems, on {', '.join(roots[:20])}; name the one to read from (device)"
         )
-    if not _mount(g, _own_mount_points(roots[0], g.inspect_get_mountpoints(roots[0]), [])):
+    if not _mount(g, _own_mount_points(roots[0], _mount_points(g, roots[0]), {}, ())):
         raise _Failure(f"the root file system {roots[0]} of the guest cannot be mounted")
 
 

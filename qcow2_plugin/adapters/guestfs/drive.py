@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 from urllib.parse import quote
 
-from qcow2_plugin.adapters.nbdkit_process import plugin_parameters, serving
+from qcow2_plugin.adapters.nbdkit_process import is_utf8, plugin_parameters, serving
 from qcow2_plugin.errors import NoRawViewError, OptionError
 from qcow2_plugin.operations.raw_view import RawView, raw_view
 from qcow2_plugin.storage.opener import Policy
@@ -106,13 +106,15 @@ def guestfs_drive(
 
 
 def _raw_disk(resources: ExitStack, image: Path, **opening: Any) -> RawView | None:
-    """The raw data file, held by `resources`, if it is the disk and no byte more; libguestfs takes whole files."""
+    """The raw data file, held by `resources`, if it is the disk and no byte more, for libguestfs takes whole files, and
+    if its name is UTF-8, for the guestfs module takes no other.
+    """
     with ExitStack() as attempt:
         try:
             view = attempt.enter_context(raw_view(image, **opening))
         except NoRawViewError:
             return None
-        if view.file_size != view.virtual_size:
+        if view.file_size != view.virtual_size or not is_utf8(view.path):
             return None
         resources.push(attempt.pop_all())
         return view

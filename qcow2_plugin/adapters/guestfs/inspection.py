@@ -19,6 +19,7 @@ from typing import Any
 
 from qcow2_plugin.adapters.guestfs.appliance import DEFAULT_TIMEOUT, GuestError, ask
 from qcow2_plugin.adapters.guestfs.drive import Drive, Path, guestfs_drive
+from qcow2_plugin.adapters.nbdkit_process import is_utf8
 from qcow2_plugin.errors import OptionError
 
 DEFAULT_LIMIT = 64 << 20
@@ -143,6 +144,8 @@ def read_guest_file(
     """
     if not path.startswith("/") or "\0" in path:
         raise OptionError("the path of a file in a guest begins with /")
+    if not is_utf8(path + (device or "")):
+        raise OptionError("the guestfs module takes only names in UTF-8, a file with another cannot be read by it")
     with _drives([image], opening) as drives:
         return ask("read", drives, timeout=timeout, payload_limit=limit, path=path, device=device).payload
 
