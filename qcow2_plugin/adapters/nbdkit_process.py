@@ -127,12 +127,11 @@ def serving(parameters: Sequence[str], *, writable: bool) -> Iterator[Path]:
 
 @contextmanager
 def private_directory() -> Iterator[Path]:
-    """A new directory that only this user can enter, short enough for sockets; removed in the end."""
+    """A new directory that only this user can enter, with a name that does for sockets; removed in the end."""
     wanted = tempfile.gettempdir()
     fits = len(os.fsencode(wanted)) + len("/qcow2-12345678/libguestfs123456/guestfsd.sock") <= _LONGEST_SOCKET
-    with tempfile.TemporaryDirectory(
-        prefix="qcow2-", dir=wanted if fits else "/tmp", ignore_cleanup_errors=True
-    ) as folder:
+    parent = wanted if fits and is_utf8(wanted) else "/tmp"
+    with tempfile.TemporaryDirectory(prefix="qcow2-", dir=parent, ignore_cleanup_errors=True) as folder:
         yield Path(folder)
 
 

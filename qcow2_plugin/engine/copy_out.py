@@ -18,13 +18,13 @@ from __future__ import annotations
 import threading
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from qcow2_plugin.engine.image import Image
 from qcow2_plugin.engine.raw import RawDisk
 from qcow2_plugin.engine.zeros import data_runs
-from qcow2_plugin.errors import Qcow2Error
 from qcow2_plugin.extent import Extent, ExtentKind, GuestDisk
 from qcow2_plugin.storage import Storage
 from qcow2_plugin.storage.file import FileStorage
@@ -123,9 +123,9 @@ class _Piece(NamedTuple):
 class _Pieces:
     """What is left to do, for all workers. After an error nothing is."""
 
-    pieces: Iterator[_Piece]
     total: int
     progress: Progress | None
+    pieces: Iterator[_Piece] = field(default_factory=lambda: iter(()))
     lock: threading.Lock = field(default_factory=threading.Lock)
     error: BaseException | None = None
 
@@ -140,9 +140,8 @@ class _Pieces:
             return piece
 
     def fail(self, error: BaseException) -> None:
-        """The first error is what stopped the work."""
-        with self.lock:
-            self.error = self.error or error
+        """The first error is what stopped the work. Takes no lock: who looks for a piece may hold it for long."""
+        self.error = self.error or error
 
 
 def copy_out(image: Image, target: FileStorage, options: Options, progress: Progress | None = None) -> Copied:
@@ -151,20 +150,19 @@ def copy_out(image: Image, target: FileStorage, options: Options, progress: Prog
     `progress` is told (done, total) bytes, by any of the threads. Raises what reading the image does, OSError of any
     of the files with its path; then any part may be written.
     """
-    work = _Pieces(_pieces(image, target, options), image.virtual_size, progress)
+    work = _Pieces(image.virtual_size, progress)
+    work.pieces = _pieces(image, target, options, work)
     workers = [_Worker(image, target, options, work) for _ in range(options.threads)]
-    threads = [threading.Thread(target=worker.run) for worker in workers[1:]]
+    started: list[_Worker] = []
     try:
-        for thread in threads:
-            thread.start()
+        with suppress(RuntimeError):  # no room for a thread: those that are there do all of the work
+            for worker in workers[1:]:
+                threading.Thread(target=worker.run).start()
+                started.append(worker)
         workers[0].run()
-    except BaseException as error:  # an interruption, or no room for a thread
+    except BaseException as error:
         work.fail(error)
-        raise
-    finally:
-        for thread in threads:
-            if thread.ident is not None:
-                thread.join()
+    _wait_for(started, work)
     if work.error is not None:
         raise work.error
     if progress is not None:
@@ -174,6 +172,19 @@ def copy_out(image: Image, target: FileStorage, options: Options, progress: Prog
         total.add(worker.copied)
     total.zeros = image.virtual_size - total.written - total.shared - total.offloaded
     return total
+
+
+def _wait_for(workers: list[_Worker], work: _Pieces) -> None:
+    """Return when none of them works any more: who is interrupted would close the files under their hands.
+
+    Not by `Thread.join`, which believes after an interruption that the thread has ended (bpo-45274).
+    """
+    for worker in workers:
+        while not worker.has_ended.is_set():
+            try:
+                worker.has_ended.wait()
+            except BaseException as error:
+                work.fail(error)
 
 
 def data_storages(image: Image) -> list[Storage]:
@@ -188,10 +199,13 @@ def data_storages(image: Image) -> list[Storage]:
     return storages
 
 
-def _pieces(image: Image, target: FileStorage, options: Options) -> Iterator[_Piece]:
+def _pieces(image: Image, target: FileStorage, options: Options, work: _Pieces) -> Iterator[_Piece]:
+    """Ends early after an error: a disk may go on and on without a piece."""
     sources = [_Source(storage, target, options) for storage in data_storages(image)]
     stands_still = not image.writable
     for extent in image.extents():
+        if work.error is not None:
+            return
         if extent.kind is ExtentKind.COMPRESSED or (extent.kind is ExtentKind.DATA and not stands_still):
             yield from _cut(_Piece(extent.guest_offset, extent.length), _PIECE)
         elif extent.kind is ExtentKind.DATA and extent.host_offset is not None:
@@ -230,6 +244,7 @@ class _Worker:
 
     def __init__(self, image: Image, target: FileStorage, options: Options, work: _Pieces) -> None:
         self.copied = Copied()
+        self.has_ended = threading.Event()
         self._image = image
         self._target = target
         self._work = work
@@ -246,36 +261,31 @@ class _Worker:
                 self._move(piece)
         except BaseException as error:
             self._work.fail(error)
+        finally:
+            self.has_ended.set()
 
     def _move(self, piece: _Piece) -> None:
         if piece.is_zero:
-            with _about(self._target):
-                self._target.write_zeroes(piece.guest_offset, piece.length, may_punch=True)
+            self._target.write_zeroes(piece.guest_offset, piece.length, may_punch=True)
         elif piece.source is None:
             self._through_buffer(self._image.read_into, piece.guest_offset, piece.guest_offset, piece.length)
         elif piece.source.offload is None:
-            self._from_file(piece.source.storage, piece.host_offset, piece.guest_offset, piece.length)
+            read_into = piece.source.storage.read_into
+            self._through_buffer(read_into, piece.host_offset, piece.guest_offset, piece.length)
         else:
             self._offloaded(piece.source, piece.source.offload, piece)
 
     def _offloaded(self, source: _Source, offload: Offload, piece: _Piece) -> None:
         """What cannot be shared lies at both ends of what can."""
-        with _about(self._target):
-            head, shared = offload.share(piece.host_offset, piece.guest_offset, piece.length)
+        head, shared = offload.share(piece.host_offset, piece.guest_offset, piece.length)
         self.copied.shared += shared
         for start, end in ((0, head), (head + shared, piece.length)):
             if start == end:
                 continue
-            with _about(self._target):
-                done = offload.copy(piece.host_offset + start, piece.guest_offset + start, end - start)
+            done = offload.copy(piece.host_offset + start, piece.guest_offset + start, end - start)
             self.copied.offloaded += done
-            if start + done < end:
-                at = start + done
-                self._from_file(source.storage, piece.host_offset + at, piece.guest_offset + at, end - at)
-
-    def _from_file(self, storage: Storage, host_offset: int, guest_offset: int, length: int) -> None:
-        with _about(storage):
-            self._through_buffer(storage.read_into, host_offset, guest_offset, length)
+            at = start + done
+            self._through_buffer(source.storage.read_into, piece.host_offset + at, piece.guest_offset + at, end - at)
 
     def _through_buffer(
         self, read_into: Callable[[memoryview, int], None], offset: int, guest_offset: int, length: int
@@ -287,8 +297,7 @@ class _Worker:
             count = min(self._size - skipped, end - guest_offset)
             chunk = self._buffer[skipped : skipped + count]
             read_into(chunk, offset)
-            with _about(self._target):
-                self._write(chunk, skipped, guest_offset)
+            self._write(chunk, skipped, guest_offset)
             offset += count
             guest_offset += count
 
@@ -316,19 +325,3 @@ class _Worker:
         if not skipped and whole == stop:
             return found
         return [(max(start - skipped, 0), min(end - skipped, count)) for start, end in found]
-
-
-class _about:
-    """An OSError inside that has no file is about that of `storage`. A class: it stands in the way of every chunk."""
-
-    __slots__ = ("_storage",)
-
-    def __init__(self, storage: Storage) -> None:
-        self._storage = storage
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if isinstance(error, OSError) and not isinstance(error, Qcow2Error) and error.filename is None:
-            error.filename = self._storage.path

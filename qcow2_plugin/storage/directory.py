@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import os
-import secrets
 from contextlib import suppress
 
 _NAME_MAX = 255
@@ -49,7 +48,7 @@ def remove(path: str | os.PathLike[str], identity: tuple[int, int]) -> None:
 def temporary_name(path: str | os.PathLike[str]) -> str:
     """A name beside `path`, for a file that is to have that name when it is whole."""
     directory, name = os.path.split(os.fspath(path))
-    ending = f".{secrets.token_hex(4)}.partial"
+    ending = f".{os.urandom(4).hex()}.partial"
     kept = os.fsencode(name)[: _NAME_MAX - len(ending)]
     return os.path.join(directory, os.fsdecode(kept) + ending)
 

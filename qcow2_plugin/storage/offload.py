@@ -64,6 +64,7 @@ class Offload:
             fcntl.ioctl(self._target.fileno(), _FICLONERANGE, argument)
         except OSError as error:
             if error.errno not in _CANNOT:
+                error.filename = self._target.path
                 raise
             self.shares = False
             return 0, 0
@@ -84,6 +85,7 @@ class Offload:
                 )
             except OSError as error:
                 if error.errno not in _CANNOT:
+                    error.filename = self._target.path
                     raise
                 self._copies = False
                 break

@@ -15,6 +15,7 @@ import pytest
 
 from qcow2_plugin.adapters.guestfs import Drive, GuestError, NoGuestfsError, appliance, inspect, read_guest_file
 from qcow2_plugin.adapters.guestfs.drive import guestfs_drive
+from qcow2_plugin.adapters.nbdkit_process import private_directory
 from qcow2_plugin.errors import OptionError
 
 FILE = Drive("disk.qcow2", "raw", "/data/my disk,1.raw")
@@ -204,7 +205,10 @@ def test_a_noisy_child_costs_no_memory(fake: Fake) -> None:
     assert appliance.ask("inspect", [FILE], timeout=TIMEOUT).told == {}
 
 
-def test_at_the_time_limit_all_that_it_started_ends(tmp_path: Path, fake: Fake) -> None:
+def test_at_the_time_limit_all_that_it_started_ends(
+    tmp_path: Path, fake: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(appliance, "_GRACE_SECONDS", 0.2)
     fake(f"trap '' TERM; sleep 60 & echo $! $$ > {tmp_path}/pids; wait; wait")
     begun = time.monotonic()
     with pytest.raises(GuestError, match=r"longer than 0\.5 seconds"):
@@ -241,6 +245,17 @@ def test_it_leaves_nothing_in_the_temporary_directory(
     assert told["at"]
     assert not os.path.exists(told["at"])
     assert not list(folder.iterdir())
+
+
+def test_a_temporary_directory_whose_name_is_not_utf8_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """libguestfs could not be told of the sockets in there."""
+    folder = tmp_path / os.fsdecode(b"\xff")
+    folder.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
+    with private_directory() as made:
+        assert made.parent == Path("/tmp")
 
 
 def test_a_missing_module_says_what_to_install(fake: Fake) -> None:

@@ -24,9 +24,9 @@ _DESCRIPTION = """\
 Get at the disks with guestfish or any virt-* command of libguestfs. The command lines are printed, for you to run; with
 --run the command runs at once, and the images are served for as long as it takes.
 
-A raw data file that is the disk by itself is read directly. All else is served by nbdkit, writing in particular, so
-that dirty bitmaps know what changed. COMMAND is given the disks in front of its own arguments; it is "guestfish -i" if
-there is none, which finds the guest and mounts it.
+A raw data file that is the disk by itself is read directly. All else is served by nbdkit, writing (--rw) in particular,
+so that dirty bitmaps know what changed. COMMAND is given the disks in front of its own arguments; it is "guestfish -i"
+if there is none, which finds the guest and mounts it.
 """
 _EXAMPLES = """\
 examples:

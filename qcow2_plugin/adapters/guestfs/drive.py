@@ -2,8 +2,11 @@
 
 libguestfs never sees a qcow2 file, and never guesses a format: whatever the guest wrote into its first sector, the
 drive is "raw". The raw data file itself is the drive where it is the disk (`raw_view`), to its last byte, and is only
-read: that costs nothing, and keeps the locks on it until the block ends. All else goes through nbdkit on a private Unix
-socket, writing in particular: so bitmaps mark what libguestfs writes, and zero clusters that it writes to become data.
+read: that costs nothing, and keeps the locks on it until the block ends. libguestfs opens it again, by its name:
+whoever may rename files in its directory can put another one in its place before that.
+
+All else goes through nbdkit on a private Unix socket, writing in particular: so bitmaps mark what libguestfs writes,
+and zero clusters that it writes to become data.
 """
 
 from __future__ import annotations
