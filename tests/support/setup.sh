@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Brings a machine on which nothing was installed by hand to where images can be served and tests can run:
 #
-#   bash tests/support/setup.sh [test | bench]    with either, fio with its nbd engine as well;
+#   bash tests/support/setup.sh [test | bench]    with either, fio with its nbd engine and XFS as well;
 #                                                 with "test", libguestfs and the Python packages that tests need too
 #
 # Owns the list of system packages, and .venv. What is there already is left alone, so that a second run takes a
@@ -74,6 +74,7 @@ find_missing() {
     want python3-libnbd python3-libnbd "$python" -I -c 'import nbd'
     want qemu-utils qemu-img eval 'qemu-img --version && qemu-io --version && qemu-nbd --version'
     [[ -z $purpose ]] || want fio fio-engine-nbd fio --enghelp=nbd
+    [[ -z $purpose ]] || want xfsprogs xfsprogs have mkfs.xfs # a file system that shares blocks
     [[ $purpose != test ]] || want strace strace have strace
     [[ $purpose != test ]] || find_missing_for_guests
 }
