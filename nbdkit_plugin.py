@@ -24,6 +24,9 @@ sys.path.insert(0, _here)
 for _packages in glob.glob(os.path.join(glob.escape(_here), ".venv", "lib*", f"python{_version}", "site-packages")):
     site.addsitedir(_packages)
 
+# numpy's library for linear algebra, of which nothing is used here, would start threads before nbdkit forks.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 try:
     from qcow2_plugin.adapters import command_line, nbd
 except ImportError as _error:

@@ -36,6 +36,20 @@ def long_map(tmp_path: Path) -> Path:
     return path
 
 
+def test_reading_starts_no_thread(image: Path) -> None:
+    """Nor does a library that is loaded for it."""
+    program = (
+        "import os, sys; from qcow2_plugin.adapters.cli import main; "
+        f"main(['map', {str(image)!r}]); print(len(os.listdir('/proc/self/task')))"
+    )
+    environment = process_environment()
+    environment.pop("OPENBLAS_NUM_THREADS", None)
+    said = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True, timeout=60
+    )
+    assert said.stdout.splitlines()[-1] == "1"
+
+
 @pytest.mark.parametrize("arguments", [("--help",), *((verb, "--help") for verb in VERBS)], ids="-".join)
 def test_help_shows_examples(arguments: tuple[str, ...]) -> None:
     ended = qcow2(*arguments)

@@ -10,6 +10,7 @@ A verb's module is imported when the verb is asked for, and what its work needs 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -62,6 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Raises SystemExit for wrong usage (2) and --help (0).
     """
+    # numpy's library for linear algebra, of which nothing is used here, would start threads that wait busily at first.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     text.prepare_streams()
     words = sys.argv[1:] if argv is None else argv
     arguments = _parser(words[:1]).parse_args(words)
