@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from qcow2_plugin.engine.copy_out import data_storages
+from qcow2_plugin.engine.data_file_proof import first_byte
 from qcow2_plugin.engine.image import Image
 from qcow2_plugin.extent import ExtentKind
 from qcow2_plugin.storage import Storage
 
 _CHUNK = 1 << 20
-_ZEROS = bytes(_CHUNK)
 
 Progress = Callable[[int, int], None]
 
@@ -28,12 +28,9 @@ def first_difference(image: Image, copy: Storage, progress: Progress | None = No
         if progress is not None:
             progress(offset, image.virtual_size)
         if extent.depth != raw_depth and extent.kind in (ExtentKind.ZERO, ExtentKind.UNALLOCATED):
-            for start, length, is_data in copy.data_ranges(offset, end - offset):
-                for place in range(start, start + length if is_data else start, _CHUNK):
-                    count = min(_CHUNK, start + length - place)
-                    copy.read_into(memoryview(theirs)[:count], place)
-                    if not _are_equal(theirs, _ZEROS, count):
-                        return place + _first_unequal(theirs, _ZEROS)
+            found = first_byte(copy, offset, extent.length)
+            if found is not None:
+                return found
             continue
         for place in range(offset, end, _CHUNK):
             count = min(_CHUNK, end - place)
@@ -58,10 +55,10 @@ def _depth_of_raw(image: Image) -> int | None:
     return depth + 1 if len(data_storages(image)) > depth + 1 else None
 
 
-def _are_equal(one: bytearray, other: bytearray | bytes, count: int) -> bool:
+def _are_equal(one: bytearray, other: bytearray, count: int) -> bool:
     """The first `count` bytes. Not of memoryviews, which are compared item by item."""
     return one == other if count == len(one) else one[:count] == other[:count]
 
 
-def _first_unequal(one: bytearray, other: bytearray | bytes) -> int:
+def _first_unequal(one: bytearray, other: bytearray) -> int:
     return next(index for index in range(len(one)) if one[index] != other[index])

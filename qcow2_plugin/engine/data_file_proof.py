@@ -17,6 +17,7 @@ from qcow2_plugin.extent import ExtentKind
 from qcow2_plugin.storage import Storage
 
 _PIECE = 1 << 20
+_ZEROS = bytes(_PIECE)
 
 Progress = Callable[[int, int], None]
 
@@ -57,8 +58,9 @@ def first_byte(data: Storage, offset: int, length: int) -> int | None:
 
 
 def _first_in(content: bytes) -> int | None:
-    stored = content.lstrip(b"\0")
-    return len(content) - len(stored) if stored else None
+    if content == _ZEROS[: len(content)]:
+        return None
+    return len(content) - len(content.lstrip(b"\0"))
 
 
 def first_difference(one: Storage, other: Storage, offset: int, length: int) -> int | None:

@@ -75,21 +75,13 @@ def adopt(
     Raises FileExistsError if something has the name of the image; OptionError; BitmapError; ImageLockedError if
     somebody writes to the volume; OSError. After an error nothing is left.
     """
-    options = ImageOptions(
-        version=3,
+    options = ImageOptions.around(
+        volume,
         cluster_size=cluster_size,
         refcount_bits=refcount_bits,
         lazy_refcounts=lazy_refcounts,
         extended_l2=extended_l2,
-        compression_type="zlib",
-        preallocation="off",
-        backing_file=None,
-        backing_format=None,
-        data_file=os.fsdecode(volume),
-        data_file_raw=True,
-        keep_data_file=True,
-        overwrite_data_file=False,
-        clip_data_file=clip,
+        clip=clip,
     )
     options.check()
     if bitmap is None and bitmap_granularity is not None:

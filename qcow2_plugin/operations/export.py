@@ -30,6 +30,7 @@ from qcow2_plugin.errors import ExportError, OptionError
 from qcow2_plugin.extent import GuestDisk
 from qcow2_plugin.format.geometry import SECTOR_SIZE
 from qcow2_plugin.operations.new_files import NewFiles
+from qcow2_plugin.operations.opened import refuse_options
 from qcow2_plugin.storage.device import claimed, is_device, leads_to
 from qcow2_plugin.storage.directory import make_names_durable, remove, require_unused
 from qcow2_plugin.storage.file import FileStorage
@@ -153,22 +154,7 @@ def _require_books(size: int, image: Path, data_file: Path, *, cluster_size: int
     if not size:
         raise OptionError("a disk of 0 bytes has no data file; export it as a raw image")
     os.stat(os.path.dirname(image) or os.curdir)
-    options = ImageOptions(
-        version=3,
-        cluster_size=cluster_size,
-        refcount_bits=16,
-        lazy_refcounts=False,
-        extended_l2=extended_l2,
-        compression_type="zlib",
-        preallocation="off",
-        backing_file=None,
-        backing_format=None,
-        data_file=os.fspath(data_file),
-        data_file_raw=True,
-        keep_data_file=True,
-        overwrite_data_file=False,
-        clip_data_file=False,
-    )
+    options = ImageOptions.around(data_file, cluster_size=cluster_size, extended_l2=extended_l2)
     options.check()
     options.layout(size)
 
@@ -187,9 +173,7 @@ def _source(image: Image | Path, snapshot: str | bytes | None, opening: dict[str
         with open_image(image, snapshot=snapshot, **opening) as opened:
             yield opened
         return
-    given = sorted(name for name, value in opening.items() if value is not None)
-    if given:
-        raise OptionError(f"{', '.join(given)}: the image is open already, so this comes too late")
+    refuse_options(opening)
     yield image if snapshot is None else image.at_snapshot(snapshot)
 
 

@@ -52,6 +52,35 @@ class ImageOptions:
     overwrite_data_file: bool
     clip_data_file: bool
 
+    @classmethod
+    def around(
+        cls,
+        volume: str | os.PathLike[str],
+        *,
+        cluster_size: int,
+        extended_l2: bool,
+        refcount_bits: int = 16,
+        lazy_refcounts: bool = False,
+        clip: bool = False,
+    ) -> ImageOptions:
+        """Those of an image that keeps the books of a raw disk which is there, `volume`."""
+        return cls(
+            version=3,
+            cluster_size=cluster_size,
+            refcount_bits=refcount_bits,
+            lazy_refcounts=lazy_refcounts,
+            extended_l2=extended_l2,
+            compression_type="zlib",
+            preallocation="off",
+            backing_file=None,
+            backing_format=None,
+            data_file=os.fsdecode(volume),
+            data_file_raw=True,
+            keep_data_file=True,
+            overwrite_data_file=False,
+            clip_data_file=clip,
+        )
+
     def check(self) -> None:
         """Raises OptionError if a value is none that its option can have, or options contradict each other."""
         self._check_values()

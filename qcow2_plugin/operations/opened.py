@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
@@ -31,7 +31,12 @@ def opened(image: Image | Path, **options: Any) -> Iterator[WritableImage]:
         return
     if not image.writable:
         raise ReadOnlyImageError("the image is not open for writing", file=image.layer.storage.path)
+    refuse_options(options)
+    yield cast("WritableImage", image)
+
+
+def refuse_options(options: Mapping[str, Any]) -> None:
+    """Raises OptionError if options of `open_image` are given for an image that is open already."""
     given = sorted(name for name, value in options.items() if value is not None)
     if given:
         raise OptionError(f"{', '.join(given)}: the image is open already, so this comes too late")
-    yield cast("WritableImage", image)
