@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 
 from qcow2_plugin.engine import copy_out as copying
-from qcow2_plugin.engine.chain import open_image
 from qcow2_plugin.engine.copy_proof import first_difference
 from qcow2_plugin.errors import CorruptImageError, ExportError, OptionError
 from qcow2_plugin.operations import export as exporting
@@ -25,26 +24,19 @@ from qcow2_plugin.storage.file import FileStorage
 from qcow2_plugin.storage.offload import Offload
 from tests.support.builder import ImageBuilder
 from tests.support.full_disk import full_disk
-
-_SIZE = 4 << 20
-_CONTENT = bytes(range(1, 256)) * 8000
+from tests.support.small_disk import DISK, SIZE, make_small_disk
 
 System = Callable[..., Any]
 
 
 @pytest.fixture
 def image(tmp_path: Path) -> Path:
-    path = tmp_path / "image.qcow2"
-    create_image(path, _SIZE)
-    with open_image(path, writable=True) as opened:
-        opened.pwrite(_CONTENT, 100_000)
-        opened.flush()
-    return path
+    return make_small_disk(tmp_path / "image.qcow2")
 
 
 @pytest.fixture
 def wanted() -> bytes:
-    return (bytes(100_000) + _CONTENT).ljust(_SIZE, b"\0")
+    return DISK
 
 
 @pytest.fixture
@@ -207,7 +199,7 @@ def test_progress_goes_on_to_its_end(verify: bool, threads: int, many: Path, tar
     told: list[tuple[int, int]] = []
     export_raw(many, target, verify=verify, threads=threads, progress=lambda *step: told.append(step))
     done = [step[0] for step in told]
-    total = 2 * _SIZE if verify else _SIZE
+    total = 2 * SIZE if verify else SIZE
     assert done == sorted(done)
     assert {step[1] for step in told} == {total}
     assert told[-1] == (total, total)
@@ -217,7 +209,7 @@ def test_progress_goes_on_to_its_end(verify: bool, threads: int, many: Path, tar
 @pytest.mark.parametrize("threads", [1, 3])
 def test_an_error_of_whoever_watches_leaves_nothing(threads: int, many: Path, target: Path) -> None:
     def fail(done: int, total: int) -> None:
-        if done > _SIZE // 2:
+        if done > SIZE // 2:
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
@@ -247,7 +239,7 @@ def test_an_interruption_right_after_the_file_was_made_leaves_nothing(
 
 
 def test_a_corrupt_cluster_leaves_nothing(tmp_path: Path, target: Path) -> None:
-    builder = ImageBuilder(_SIZE).data(0, b"good").compressed(3, b"x", stream=b"\xff" * 100)
+    builder = ImageBuilder(SIZE).data(0, b"good").compressed(3, b"x", stream=b"\xff" * 100)
     builder.build(tmp_path / "bad.qcow2")
     with pytest.raises(CorruptImageError):
         export_raw(tmp_path / "bad.qcow2", target)
@@ -287,7 +279,7 @@ class Kernel:
 @pytest.fixture
 def many(tmp_path: Path) -> Path:
     """An image in which every second cluster is one extent."""
-    builder = ImageBuilder(_SIZE)
+    builder = ImageBuilder(SIZE)
     for cluster in range(0, 64, 2):
         builder.data(cluster, bytes([cluster + 1]) * 65536)
     builder.build(tmp_path / "many.qcow2")
@@ -327,7 +319,7 @@ def test_what_is_no_lack_of_means_stops_the_export(
 def test_blocks_are_shared(many: Path, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fcntl, "ioctl", Kernel())
     result = export_raw(many, target, verify=True)
-    assert (result.shared, result.written, result.zeros) == (_SIZE // 2, 0, _SIZE // 2)
+    assert (result.shared, result.written, result.zeros) == (SIZE // 2, 0, SIZE // 2)
 
 
 def test_only_whole_blocks_at_the_same_place_in_their_blocks_are_shared(
@@ -363,12 +355,12 @@ def test_a_kernel_that_does_not_copy_is_not_asked_again(
 def test_short_copies_go_on(many: Path, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.copy_file_range
     monkeypatch.setattr(os, "copy_file_range", lambda a, b, count, at, to: real(a, b, min(count, 5000), at, to))
-    assert export_raw(many, target, offload=True, share=False, verify=True).offloaded == _SIZE // 2
+    assert export_raw(many, target, offload=True, share=False, verify=True).offloaded == SIZE // 2
 
 
 def test_a_copy_of_nothing_goes_through_memory(many: Path, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "copy_file_range", lambda *_: 0)
-    assert export_raw(many, target, offload=True, share=False, verify=True).written == _SIZE // 2
+    assert export_raw(many, target, offload=True, share=False, verify=True).written == SIZE // 2
 
 
 def lying_ranges(self: FileStorage, offset: int, length: int) -> Iterator[tuple[int, int, bool]]:
@@ -380,7 +372,7 @@ def test_a_lie_about_holes_is_found_by_reading_again(
 ) -> None:
     monkeypatch.setattr(FileStorage, "data_ranges", lying_ranges)
     export_raw(image, target)
-    assert target.read_bytes() == bytes(_SIZE)
+    assert target.read_bytes() == bytes(SIZE)
     target.unlink()
     with pytest.raises(ExportError, match="0x186a0"):
         export_raw(image, target, verify=True)
@@ -391,7 +383,7 @@ def test_a_lie_about_holes_of_a_raw_backing_file_is_found(
     tmp_path: Path, target: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "base.raw").write_bytes(bytes(5000) + b"x" * 70000)
-    create_image(tmp_path / "top.qcow2", _SIZE, backing_file="base.raw", backing_format="raw")
+    create_image(tmp_path / "top.qcow2", SIZE, backing_file="base.raw", backing_format="raw")
     monkeypatch.setattr(FileStorage, "data_ranges", lying_ranges)
     with pytest.raises(ExportError, match="0x1388"):
         export_raw(tmp_path / "top.qcow2", target, verify=True)
@@ -436,23 +428,23 @@ def test_wrong_options(options: dict[str, int], image: Path, target: Path) -> No
 def test_a_faked_device_is_zeroed_where_nothing_is(
     image: Path, target: Path, wanted: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    target.write_bytes(b"\xee" * (_SIZE + 5000))
+    target.write_bytes(b"\xee" * (SIZE + 5000))
     monkeypatch.setattr(exporting, "is_device", lambda path: True)
     result = export_raw(image, target, overwrite=True, verify=True)
     assert result.is_device
     assert target.read_bytes() == wanted + b"\xee" * 5000
-    target.write_bytes(b"\xee" * (_SIZE - 1))
+    target.write_bytes(b"\xee" * (SIZE - 1))
     with pytest.raises(OptionError, match="less than the disk"):
         export_raw(image, target, overwrite=True)
-    assert target.read_bytes() == b"\xee" * (_SIZE - 1)
+    assert target.read_bytes() == b"\xee" * (SIZE - 1)
 
 
 def test_zeros_that_are_stored_reach_a_faked_device(
     tmp_path: Path, target: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    builder = ImageBuilder(_SIZE).data(0, b"x" * 65536).data(3, b"").data(8, bytes(65535) + b"y")
+    builder = ImageBuilder(SIZE).data(0, b"x" * 65536).data(3, b"").data(8, bytes(65535) + b"y")
     builder.build(tmp_path / "zeros.qcow2")
-    target.write_bytes(b"\xee" * _SIZE)
+    target.write_bytes(b"\xee" * SIZE)
     monkeypatch.setattr(exporting, "is_device", lambda path: True)
     for offload in (False, True):
         export_raw(tmp_path / "zeros.qcow2", target, overwrite=True, offload=offload)
@@ -479,7 +471,7 @@ def test_what_stands_apart_in_a_file_is_asked_of_it_once(tmp_path: Path, monkeyp
         asked.append(offset)
         return real(self, offset, length)
 
-    builder = ImageBuilder(_SIZE)
+    builder = ImageBuilder(SIZE)
     for cluster in range(64):
         builder.data(cluster, b"x" * 65536, host_offset=(10 + (cluster * 37) % 64) * 65536)
     builder.build(tmp_path / "scattered.qcow2")

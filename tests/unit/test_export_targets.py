@@ -20,24 +20,17 @@ from qcow2_plugin.operations.adopt import adopt
 from qcow2_plugin.operations.create import create_image
 from qcow2_plugin.operations.export import export_as_data_file, export_raw
 from tests.support.command import process_environment
-
-_SIZE = 4 << 20
-_CONTENT = bytes(range(1, 256)) * 8000
+from tests.support.small_disk import DISK, SIZE, make_small_disk
 
 
 @pytest.fixture
 def image(tmp_path: Path) -> Path:
-    path = tmp_path / "image.qcow2"
-    create_image(path, _SIZE)
-    with open_image(path, writable=True) as opened:
-        opened.pwrite(_CONTENT, 100_000)
-        opened.flush()
-    return path
+    return make_small_disk(tmp_path / "image.qcow2")
 
 
 @pytest.fixture
 def wanted() -> bytes:
-    return (bytes(100_000) + _CONTENT).ljust(_SIZE, b"\0")
+    return DISK
 
 
 @pytest.fixture
@@ -207,4 +200,4 @@ def test_killed_between_its_two_files_the_first_is_whole(image: Path, target: Pa
         export_as_data_file(image, new, target)
     adopt(target, new)
     with open_image(new) as opened:
-        assert opened.pread(_SIZE, 0) == wanted
+        assert opened.pread(SIZE, 0) == wanted

@@ -6,6 +6,7 @@ import argparse
 import sys
 
 from qcow2_plugin.adapters.cli import guests, text
+from qcow2_plugin.adapters.cli.signals import ended_by_signals
 
 _DESCRIPTION = """\
 Write a file of the guest to stdout, byte for byte, as the guest wrote it. libguestfs finds it, in a small virtual
@@ -51,7 +52,7 @@ def _run(arguments: argparse.Namespace) -> int:
     arguments.images = [arguments.image]
     opening = guests.opening(arguments)
     guests.tell_of_launch()
-    with guests.ended_by_signals():
+    with ended_by_signals():
         content = read_guest_file(
             arguments.image,
             arguments.path,

@@ -86,14 +86,12 @@ def add_to(verbs: text.Verbs) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from qcow2_plugin.adapters.cli.guests import ended_by_signals
     from qcow2_plugin.adapters.cli.progress import Progress
+    from qcow2_plugin.adapters.cli.signals import ended_by_signals
     from qcow2_plugin.operations.export import export_as_data_file, export_raw
-    from qcow2_plugin.storage.opener import Policy
 
     progress = Progress("exported", asked=arguments.progress)
     options: dict[str, Any] = {
-        "snapshot": arguments.snapshot,
         "sparse_size": arguments.sparse_size,
         "offload": arguments.copy_offload,
         "share": not arguments.no_reflink,
@@ -101,13 +99,7 @@ def _run(arguments: argparse.Namespace) -> int:
         "overwrite": arguments.overwrite,
         "threads": arguments.threads,
         "progress": None if arguments.quiet else progress.tell,
-        "policy": Policy(arguments.policy),
-        "data_file": arguments.data_file,
-        "backing_file": arguments.backing_file,
-        "backing_format": arguments.backing_format,
-        "base_directory": arguments.base_directory,
-        "allow_damaged": arguments.allow_damaged,
-        "force_share": arguments.force_share,
+        **text.opening(arguments),
     }
     about_image = {
         "new_data_file": arguments.new_data_file,

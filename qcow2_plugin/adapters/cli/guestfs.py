@@ -14,6 +14,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from qcow2_plugin.adapters.cli import guests, text
+from qcow2_plugin.adapters.cli.signals import ended_by_signals
 from qcow2_plugin.errors import printable
 from qcow2_plugin.storage.directory import absolute_path
 
@@ -53,7 +54,7 @@ _INSTALL = (
 class _Parser(argparse.ArgumentParser):
     """What stands behind "--" is the command, whatever it looks like."""
 
-    def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]  # overloaded in typeshed
         words = list(args or ())
         place = words.index("--") if "--" in words else len(words)
         known, unknown = super().parse_known_args(words[:place], namespace)
@@ -107,7 +108,7 @@ def _run_command(arguments: argparse.Namespace, opening: dict[str, Any]) -> int:
     command = arguments.command or _DEFAULT_COMMAND
     if shutil.which(command[0]) is None:
         raise NoGuestfsError(f"{printable(command[0])} is not installed; {_INSTALL}")
-    with guests.ended_by_signals(), ExitStack() as resources:
+    with ended_by_signals(), ExitStack() as resources:
         drives = [
             resources.enter_context(guestfs_drive(image, writable=arguments.rw, **opening))
             for image in arguments.images

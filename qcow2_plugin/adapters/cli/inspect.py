@@ -8,6 +8,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from qcow2_plugin.adapters.cli import guests, text
+from qcow2_plugin.adapters.cli.signals import ended_by_signals
 from qcow2_plugin.errors import printable
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
     opening = guests.opening(arguments)
     guests.tell_of_launch()
-    with guests.ended_by_signals():
+    with ended_by_signals():
         found = inspect(arguments.images, applications=arguments.applications, timeout=arguments.timeout, **opening)
     if arguments.output == "json":
         from dataclasses import asdict

@@ -55,19 +55,8 @@ def add_to(verbs: text.Verbs) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     from qcow2_plugin.engine.chain import open_image
     from qcow2_plugin.operations.map import map_image
-    from qcow2_plugin.storage.opener import Policy
 
-    with open_image(
-        arguments.image,
-        policy=Policy(arguments.policy),
-        snapshot=arguments.snapshot,
-        data_file=arguments.data_file,
-        backing_file=arguments.backing_file,
-        backing_format=arguments.backing_format,
-        base_directory=arguments.base_directory,
-        allow_damaged=arguments.allow_damaged,
-        force_share=arguments.force_share,
-    ) as image:
+    with open_image(arguments.image, **text.opening(arguments)) as image:
         entries = map_image(image, arguments.start_offset, arguments.max_length)
         _print(_json(entries) if arguments.output == "json" else _for_people(image, entries))
     return 0

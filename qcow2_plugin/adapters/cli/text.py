@@ -11,13 +11,16 @@ import io
 import os
 import sys
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qcow2_plugin.errors import printable
 
 POLICIES = ("inspect", "confined", "trusted")
 _UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 _SUFFIXES = "kMGTPE"
+_OPENING = (
+    *("snapshot", "data_file", "backing_file", "backing_format", "base_directory", "allow_damaged", "force_share"),
+)
 
 if TYPE_CHECKING:
     Verbs = argparse._SubParsersAction[argparse.ArgumentParser]  # the only name that argparse has for it
@@ -165,6 +168,13 @@ def add_opening(parser: argparse.ArgumentParser) -> None:
         "--allow-damaged", action="store_true", help="read what a truncated image lacks as zeros, instead of refusing"
     )
     add_force_share(parser)
+
+
+def opening(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What `add_opening` was given, as options of `open_image`."""
+    from qcow2_plugin.storage.opener import Policy
+
+    return {"policy": Policy(arguments.policy), **{name: getattr(arguments, name) for name in _OPENING}}
 
 
 def add_below(parser: argparse.ArgumentParser) -> None:
