@@ -174,6 +174,25 @@ class ExportError(Qcow2Error):
     """The disk cannot be exported there, or what arrived is not the disk."""
 
 
+class BackupError(Qcow2Error):
+    """A backup cannot be made, or an interrupted one cannot be finished; the images are as they were, or the message
+    says what is left to do."""
+
+
+class LooseEndError(BackupError):
+    """The backup is made and durable, but something is left to do, which the next one does."""
+
+
+class ManifestError(Qcow2Error):
+    """What a repository of backups says of itself cannot be believed, or what it names is not there."""
+
+
+class DigestError(Qcow2Error):
+    """What is said to be a digest, or a part of one, cannot be; or it does not go with the disk."""
+
+    errno = errno.EINVAL
+
+
 class RelocateError(Qcow2Error):
     """The image cannot have that file in the place of the one that it names; nothing was changed."""
 
@@ -188,6 +207,18 @@ class HeaderFullError(Qcow2Error):
 
 class UnfinishedTransactionError(Qcow2Error):
     """A change of the bitmaps of several images was interrupted, and has to be finished before this can be done."""
+
+
+class TargetError(Qcow2Error):
+    """A place for backups does not do what was asked for; the message quotes the program or service that failed."""
+
+
+class PluginError(Qcow2Error):
+    """A plugin cannot be loaded, refused what was to be done, or failed; `plugin` is its name, and in the message."""
+
+    def __init__(self, plugin: str, detail: str) -> None:
+        super().__init__(f'plugin "{printable(plugin)}" {detail}')
+        self.plugin = plugin
 
 
 class OutOfRangeError(Qcow2Error):

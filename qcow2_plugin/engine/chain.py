@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from qcow2_plugin.engine.dirty_bitmaps import unfinished
-from qcow2_plugin.engine.files import ChainFiles
+from qcow2_plugin.engine.files import ChainFiles, References
 from qcow2_plugin.engine.header import read_header, refusals
 from qcow2_plugin.engine.image import Image, Layer
 from qcow2_plugin.engine.internal_snapshots.snapshots import check_l1_table, find, read_snapshots
@@ -54,6 +54,7 @@ def open_image(
     allow_damaged: bool = False,
     force_share: bool = False,
     cache_size: int = DEFAULT_CACHE_SIZE,
+    references: References | None = None,
 ) -> Image:
     """Open a qcow2 image with its data file and backing chain, for reading or, if `writable`, for writing as well.
 
@@ -66,6 +67,7 @@ def open_image(
     disk as an internal snapshot keeps it. `allow_damaged` reads what a truncated file lacks as zeros instead of
     refusing it. `force_share` reads although another program may write to the files. `cache_size` in bytes bounds
     the tables kept in memory, over the whole chain; decompressed clusters may take a quarter as much beside it.
+    `references` are asked about the names in images, too (plugins know more than a policy).
 
     Raises any Qcow2Error; OSError of the files. After an error no file is left open.
     """
@@ -79,6 +81,7 @@ def open_image(
             base_directory=base_directory,
             backing_format=backing_format,
             force_share=force_share,
+            references=references,
         )
         opened, bottom = _open_layers(
             files, path, data_file, backing_file, writable=writable, allow_damaged=allow_damaged
@@ -102,6 +105,7 @@ def open_alone(
     data_file: Path | None = None,
     base_directory: Path | None = None,
     cache_size: int = DEFAULT_CACHE_SIZE,
+    references: References | None = None,
 ) -> Image:
     """`open_image` without what is below: for looks at the structures of an image, and changes of them.
 
@@ -109,7 +113,9 @@ def open_alone(
     to: MissingReferenceError. The options are those of `open_image`. Raises what it does, but for backing files.
     """
     with ExitStack() as resources:
-        files = ChainFiles(resources, policy=policy, writable=writable, base_directory=base_directory)
+        files = ChainFiles(
+            resources, policy=policy, writable=writable, base_directory=base_directory, references=references
+        )
         storage = files.open_top(path)
         header = _settled(_read_sound_header(storage, allow_damaged=False), storage, files, writable=writable)
         data = files.open_data_file(header, storage, data_file) or storage

@@ -1,4 +1,4 @@
-"""Compressed clusters: from stored bytes to a whole cluster, and a small cache of the latest ones.
+"""Compressed clusters: from stored bytes to a whole cluster and back, and a small cache of the latest ones.
 
 The output of a decoder is bounded by the cluster size and its memory by a window limit, whatever the stream claims. A
 stream must give exactly one cluster; bytes behind its end belong to others and are ignored.
@@ -15,12 +15,15 @@ from collections.abc import Callable
 import zstandard
 from isal import igzip_lib
 
-from qcow2_plugin.errors import CorruptImageError
+from qcow2_plugin.errors import CorruptImageError, OptionError
 from qcow2_plugin.format.header import CompressionType
 
 _IsalError: type[Exception] = igzip_lib.IsalError  # type: ignore[assignment]  # isal's stub calls it an instance
 _DEFLATE_WINDOW_BITS = 15
 """Encoders keep to 12 bits; QEMU reads what reaches back further, and so do we."""
+_DEFLATE_ENCODER_WINDOW_BITS = 12
+_LEVELS = {CompressionType.DEFLATE: range(4), CompressionType.ZSTD: range(1, 20)}
+_QUICK_LEVEL = 1
 _ZSTD_MAX_WINDOW_SIZE = 8 << 20
 """Bytes; more than any encoder needs for a cluster of at most 2 MiB."""
 _ZSTD_STEP = 256
@@ -95,6 +98,39 @@ _DECODERS: dict[CompressionType, Callable[[bytes | memoryview, int], bytes]] = {
     CompressionType.DEFLATE: _inflate,
     CompressionType.ZSTD: _unpack_zstd,
 }
+
+
+class Encoder:
+    """Compresses clusters by one method. For any threads."""
+
+    def __init__(self, method: CompressionType, level: int | None = None) -> None:
+        """`level` is 0 to 3 for deflate, 1 to 19 for zstd, more for less space; None is a quick one.
+
+        Raises OptionError.
+        """
+        levels = _LEVELS[method]
+        if level is not None and level not in levels:
+            raise OptionError(f"the level of compression is {levels[0]} to {levels[-1]} here")
+        self.method = method
+        self._level = _QUICK_LEVEL if level is None else level
+        self._threads = threading.local()
+
+    def compress(self, cluster: memoryview) -> bytes | None:
+        """The stored form of a cluster, None if it is none that is shorter."""
+        if self.method is CompressionType.ZSTD:
+            stored = self._zstd_encoder().compress(cluster)
+        else:
+            stored = igzip_lib.compress(
+                cluster, self._level, igzip_lib.COMP_DEFLATE, hist_bits=_DEFLATE_ENCODER_WINDOW_BITS
+            )
+        return stored if len(stored) < len(cluster) else None
+
+    def _zstd_encoder(self) -> zstandard.ZstdCompressor:
+        """One for each thread, which is how they may be used."""
+        encoder: zstandard.ZstdCompressor | None = getattr(self._threads, "encoder", None)
+        if encoder is None:
+            encoder = self._threads.encoder = zstandard.ZstdCompressor(level=self._level, write_checksum=False)
+        return encoder
 
 
 class ClusterCache:

@@ -3,8 +3,9 @@
 Only the top image and its data file are ever opened for writing: what lies below may be shared with other overlays.
 
 Every name that an image brings goes through the opener, seen from the top image's directory, so that a confined chain
-as a whole stays below it. No file may appear twice, whatever its names, which rules out loops; and no format is
-guessed, because whoever fills a raw disk chooses what its first bytes look like.
+as a whole stays below it. `References`, if there are any, are asked about each name: whether they know where the file
+is, and if not, whether that which was found as usual may be opened. No file may appear twice, whatever its names, which
+rules out loops; and no format is guessed, because whoever fills a raw disk chooses what its first bytes look like.
 """
 
 from __future__ import annotations
@@ -12,18 +13,46 @@ from __future__ import annotations
 import os
 from contextlib import ExitStack
 from functools import partial
+from typing import NamedTuple, Protocol, TypeVar
 
 from qcow2_plugin.errors import MissingReferenceError, ReferenceDeniedError, UnsupportedFeatureError, printable
 from qcow2_plugin.format.header import Header
 from qcow2_plugin.format.transaction import MAX_RECORD_SIZE
 from qcow2_plugin.storage import Storage
 from qcow2_plugin.storage.file import FileStorage
-from qcow2_plugin.storage.opener import Identity, Policy, open_given, open_reference
+from qcow2_plugin.storage.opener import Identity, Policy, Vet, open_given, open_reference
 
 MAX_DEPTH = 64
 """Layers of a chain, the top one and a raw bottom included."""
 
 Path = str | os.PathLike[str]
+
+_Kept = TypeVar("_Kept", bound=Storage)
+
+
+class Reference(NamedTuple):
+    """A name in an image: `referrer`, the path of that image, names its `role` ("data file", "backing file").
+
+    `depth` is that of the file: 1 is what belongs to the top image, as its data file. `writable` says whether it is
+    to be written to, `policy` what is followed as usual.
+    """
+
+    role: str
+    name: bytes
+    referrer: str
+    depth: int
+    writable: bool
+    policy: Policy
+
+
+class References(Protocol):
+    """Whoever knows more about names in images than a policy can say."""
+
+    def open(self, reference: Reference, vet: Vet) -> Storage | None:
+        """The file that is meant, open and locked, for which `vet` raised nothing; None to look it up as usual."""
+
+    def authorize(self, reference: Reference, identity: Identity, path: str) -> None:
+        """Raises ReferenceDeniedError unless the file, which was looked up as usual by `path`, may be opened."""
 
 
 class ChainFiles:
@@ -31,7 +60,8 @@ class ChainFiles:
 
     `writable` opens the top image and its data file for writing, too, and `force_share` has no say in that. `policy` is
     for names found in images, which start at `base_directory` (None: the top image's directory). `backing_format` is
-    for backing files whose format is not recorded.
+    for backing files whose format is not recorded. `references` are asked about these names, except where a record of
+    a transaction is.
     """
 
     def __init__(
@@ -43,6 +73,7 @@ class ChainFiles:
         base_directory: Path | None = None,
         backing_format: str | None = None,
         force_share: bool = False,
+        references: References | None = None,
     ) -> None:
         self._resources = resources
         self._policy = policy
@@ -51,6 +82,7 @@ class ChainFiles:
         self._below = b""
         self._backing_format = backing_format
         self._force_share = force_share
+        self._references = references
         self._roles: dict[Identity, str] = {}
         self._depth = 1
 
@@ -66,7 +98,7 @@ class ChainFiles:
             self._directory = os.path.dirname(image.path)
         self._roles[image.identity] = "image"
 
-    def open_data_file(self, header: Header, image: Storage, given: Path | None = None) -> FileStorage | None:
+    def open_data_file(self, header: Header, image: Storage, given: Path | None = None) -> Storage | None:
         """The external data file of `image`, which has `header`; None if it keeps its data itself.
 
         `given` is opened instead of what the image names. Raises as the opener does; MissingReferenceError if nobody
@@ -83,11 +115,12 @@ class ChainFiles:
                 "the image needs an external data file but does not name it; name it yourself (option data-file)",
                 file=image.path,
             )
-        return self._open_named(header.data_file, "data file", image)
+        reference = self._reference(header.data_file, "data file", image)
+        return self._open_located(reference) or self._open_named(reference)
 
     def open_backing_file(
         self, header: Header, image: Storage, given: Path | None = None
-    ) -> tuple[FileStorage, str] | None:
+    ) -> tuple[Storage, str] | None:
         """The backing file of `image`, which has `header`, and its format; None if there is none.
 
         `given` is opened instead of what the image names. Raises as `open_data_file` does; ReferenceDeniedError if the
@@ -102,11 +135,14 @@ class ChainFiles:
             raise ReferenceDeniedError(f"the backing chain is deeper than {MAX_DEPTH} files", file=image.path)
         backing_format = self._format_of_backing(header, image)
         if given is not None:
-            opened = self._open_given(given, "backing file")
-            self._directory, self._below = os.path.dirname(os.fspath(given)), b""
+            opened: Storage | None = self._open_given(given, "backing file")
         else:
-            opened = self._open_named(header.backing_file, "backing file", image)
-            self._below = os.path.dirname(os.path.join(self._below, header.backing_file))
+            opened = self._open_located(self._reference(header.backing_file, "backing file", image))
+        if opened is not None:
+            self._directory, self._below = os.path.dirname(opened.path), b""
+            return opened, backing_format
+        opened = self._open_named(self._reference(header.backing_file, "backing file", image))
+        self._below = os.path.dirname(os.path.join(self._below, header.backing_file))
         return opened, backing_format
 
     def read_record(self, name: bytes, image: Storage) -> bytes:
@@ -145,19 +181,29 @@ class ChainFiles:
         )
         return self._keep(opened, role)
 
-    def _open_named(self, name: bytes, role: str, image: Storage) -> FileStorage:
+    def _reference(self, name: bytes, role: str, image: Storage) -> Reference:
+        return Reference(role, name, image.path, self._depth, self._opens_writable, self._policy)
+
+    def _open_located(self, reference: Reference) -> Storage | None:
+        """The file, if it is where only the `References` know."""
+        if self._references is None:
+            return None
+        opened = self._references.open(reference, partial(self._refuse_twice, reference.role))
+        return None if opened is None else self._keep(opened, reference.role)
+
+    def _open_named(self, reference: Reference) -> Storage:
         opened = open_reference(
-            name,
-            role,
+            reference.name,
+            reference.role,
             policy=self._policy,
             directory=self._directory or "",
             below=self._below,
-            referrer=image.path,
-            writable=self._opens_writable,
+            referrer=reference.referrer,
+            writable=reference.writable,
             force_share=self._force_share,
-            vet=partial(self._refuse_twice, role),
+            vet=partial(self._refuse_named, reference),
         )
-        return self._keep(opened, role)
+        return self._keep(opened, reference.role)
 
     @property
     def _opens_writable(self) -> bool:
@@ -168,7 +214,12 @@ class ChainFiles:
         if earlier is not None:
             raise ReferenceDeniedError(f"the {role} is the same file as the {earlier} above it", file=path)
 
-    def _keep(self, storage: FileStorage, role: str) -> FileStorage:
+    def _refuse_named(self, reference: Reference, identity: Identity, path: str) -> None:
+        self._refuse_twice(reference.role, identity, path)
+        if self._references is not None:
+            self._references.authorize(reference, identity, path)
+
+    def _keep(self, storage: _Kept, role: str) -> _Kept:
         self._resources.callback(storage.close)
         self._roles[storage.identity] = role
         return storage

@@ -131,6 +131,11 @@ class Image:
             return own
         return merge(through_backing(own, self.layer.backing, offset + length))
 
+    def clusters(self, offset: int, length: int) -> list[Extent]:
+        """The runs of a short range in this image alone, each compressed cluster a run of its own, which has a host
+        offset therefore. Raises as `read_into` does."""
+        return self._resolve(offset, length)
+
     def _runs(self, offset: int, length: int) -> Iterator[Extent]:
         return self._mapping.runs(offset, length)
 

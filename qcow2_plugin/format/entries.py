@@ -107,6 +107,13 @@ def compressed_location(entry: int, cluster_bits: int) -> tuple[int, int]:
     return host_offset, (additional_sectors + 1) * SECTOR_SIZE - host_offset % SECTOR_SIZE
 
 
+def compressed_entry(host_offset: int, stored_length: int, cluster_bits: int) -> int:
+    """The entry of a cluster whose compressed form of at most a cluster's bytes stands there; as `compressed_location`
+    reads it."""
+    additional_sectors = (host_offset % SECTOR_SIZE + stored_length - 1) // SECTOR_SIZE
+    return COMPRESSED | additional_sectors << 70 - cluster_bits | host_offset
+
+
 def compressed_locations(entries: Entries, cluster_bits: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """`compressed_location` of many entries: host offsets and stored lengths."""
     offset_bits = 70 - cluster_bits

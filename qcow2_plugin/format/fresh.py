@@ -17,6 +17,7 @@ import sys
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from qcow2_plugin.errors import OptionError
 from qcow2_plugin.format.geometry import MAX_L1_ENTRIES, MAX_REFCOUNT_TABLE_SIZE, SUBCLUSTERS, Geometry
@@ -26,6 +27,83 @@ _END_OF_HOST_OFFSETS = 1 << 56
 _ALL_SUBCLUSTERS = (1 << SUBCLUSTERS) - 1
 _CHUNK = 1 << 20
 """Bytes of L2 tables made at once: few enough to stay in the processor's cache until they are written."""
+
+
+class Places(Protocol):
+    """What the header tells of a layout. Offsets in bytes, `l1_size` in entries."""
+
+    @property
+    def geometry(self) -> Geometry: ...  # noqa: D102
+
+    @property
+    def virtual_size(self) -> int: ...  # noqa: D102
+
+    @property
+    def l1_size(self) -> int: ...  # noqa: D102
+
+    @property
+    def l1_table_offset(self) -> int: ...  # noqa: D102
+
+    @property
+    def refcount_table_offset(self) -> int: ...  # noqa: D102
+
+    @property
+    def refcount_table_clusters(self) -> int: ...  # noqa: D102
+
+    @property
+    def refcount_order(self) -> int: ...  # noqa: D102
+
+
+@dataclass(frozen=True, slots=True)
+class DenseRefcounts:
+    """The refcounts of a file without gaps, each of them 1: a table, and right behind it the blocks."""
+
+    geometry: Geometry
+    refcount_order: int
+    table_clusters: int
+    block_count: int
+
+    @classmethod
+    def of(cls, geometry: Geometry, refcount_order: int, others: int) -> DenseRefcounts:
+        """Those of `others` clusters, the table and themselves. Raises OptionError if the table gets too large."""
+        table_entries = geometry.cluster_size // 8
+        per_block = geometry.cluster_size * 8 >> refcount_order
+        table, blocks = 1, 1
+        while True:
+            needed_blocks = -(-(others + table + blocks) // per_block)
+            needed_table = -(-needed_blocks // table_entries)
+            if (needed_table, needed_blocks) == (table, blocks):
+                break
+            table, blocks = needed_table, needed_blocks
+        if table * geometry.cluster_size > MAX_REFCOUNT_TABLE_SIZE:
+            raise OptionError(
+                f"{others} clusters of {geometry.cluster_size} bytes are too many for refcounts of "
+                f"{1 << refcount_order} bits; take larger clusters or fewer bits"
+            )
+        return cls(geometry, refcount_order, table, blocks)
+
+    def table(self, first_block: int) -> bytes:
+        """All of the refcount table; `first_block` is the host offset of the first block."""
+        table = _offsets(first_block, self.block_count, self.geometry.cluster_size)
+        return table.ljust(self.table_clusters * self.geometry.cluster_size, b"\0")
+
+    def blocks(self, used: int) -> list[bytes]:
+        """All refcount blocks, when `used` clusters are in use."""
+        per_block = self.geometry.cluster_size * 8 >> self.refcount_order
+        full = self._block(per_block)
+        rest = used - (self.block_count - 1) * per_block
+        return [full] * (self.block_count - 1) + [self._block(rest)]
+
+    def _block(self, used: int) -> bytes:
+        """A block whose first `used` refcounts are 1."""
+        if self.refcount_order >= 3:
+            block = (1).to_bytes(1 << self.refcount_order - 3, "big") * used
+        else:
+            bits = 1 << self.refcount_order
+            whole_byte = sum(1 << position for position in range(0, 8, bits))
+            whole_bytes, rest = divmod(used, 8 // bits)
+            block = bytes([whole_byte]) * whole_bytes + bytes([whole_byte & (1 << rest * bits) - 1])
+        return block.ljust(self.geometry.cluster_size, b"\0")[: self.geometry.cluster_size]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +130,7 @@ class FreshLayout:
     file_size: int = field(init=False)
     cluster_count: int = field(init=False)
     """Clusters of the file in use."""
+    _refcounts: DenseRefcounts = field(init=False)
 
     def __post_init__(self) -> None:
         """Raises OptionError if the format has no place for so much."""
@@ -67,8 +146,8 @@ class FreshLayout:
         data_clusters = 0 if self.has_data_file else mapped_clusters
         l1_clusters = -(-l1_size * 8 // cluster_size)
         l2_tables = -(-mapped_clusters // geometry.l2_entries)
-        table, blocks = self._refcount_clusters(1 + l1_clusters + l2_tables + data_clusters)
-        l1_cluster = 1 + table + blocks
+        refcounts = DenseRefcounts.of(geometry, self.refcount_order, 1 + l1_clusters + l2_tables + data_clusters)
+        l1_cluster = 1 + refcounts.table_clusters + refcounts.block_count
         l2_cluster = l1_cluster + l1_clusters
         data_cluster = l2_cluster + l2_tables
         if max(data_cluster + data_clusters, mapped_clusters) * cluster_size > _END_OF_HOST_OFFSETS:
@@ -81,8 +160,9 @@ class FreshLayout:
         derive = object.__setattr__
         derive(self, "l1_size", l1_size)
         derive(self, "mapped_clusters", mapped_clusters)
-        derive(self, "refcount_table_clusters", table)
-        derive(self, "refcount_block_count", blocks)
+        derive(self, "refcount_table_clusters", refcounts.table_clusters)
+        derive(self, "refcount_block_count", refcounts.block_count)
+        derive(self, "_refcounts", refcounts)
         derive(self, "refcount_table_offset", cluster_size)
         derive(self, "l1_table_offset", l1_cluster * cluster_size if l1_size else 0)
         derive(self, "l2_offset", l2_cluster * cluster_size)
@@ -90,50 +170,17 @@ class FreshLayout:
         derive(self, "file_size", end)
         derive(self, "cluster_count", data_cluster + data_clusters)
 
-    def _refcount_clusters(self, others: int) -> tuple[int, int]:
-        """Clusters of the refcount table and of the blocks that describe `others`, the table and themselves."""
-        table_entries = self.geometry.cluster_size // 8
-        table, blocks = 1, 1
-        while True:
-            needed_blocks = -(-(others + table + blocks) // self._refcounts_per_block)
-            needed_table = -(-needed_blocks // table_entries)
-            if (needed_table, needed_blocks) == (table, blocks):
-                break
-            table, blocks = needed_table, needed_blocks
-        if table * self.geometry.cluster_size > MAX_REFCOUNT_TABLE_SIZE:
-            raise OptionError(
-                f"{others} clusters of {self.geometry.cluster_size} bytes are too many for refcounts of "
-                f"{1 << self.refcount_order} bits; take larger clusters or fewer bits"
-            )
-        return table, blocks
-
-    @property
-    def _refcounts_per_block(self) -> int:
-        return self.geometry.cluster_size * 8 >> self.refcount_order
-
     def refcount_table(self) -> bytes:
         """All of the refcount table."""
-        first = self.refcount_table_offset + self.refcount_table_clusters * self.geometry.cluster_size
-        table = _offsets(first, self.refcount_block_count, self.geometry.cluster_size)
-        return table.ljust(self.refcount_table_clusters * self.geometry.cluster_size, b"\0")
+        return self._refcounts.table(self.refcount_table_offset + self.refcount_table_clusters * self._cluster_size)
 
     def refcount_blocks(self) -> list[bytes]:
         """All refcount blocks, which follow the table: 1 for every cluster in use."""
-        per_block = self._refcounts_per_block
-        full = self._refcount_block(per_block)
-        rest = self.cluster_count - (self.refcount_block_count - 1) * per_block
-        return [full] * (self.refcount_block_count - 1) + [self._refcount_block(rest)]
+        return self._refcounts.blocks(self.cluster_count)
 
-    def _refcount_block(self, used: int) -> bytes:
-        """A block whose first `used` refcounts are 1."""
-        if self.refcount_order >= 3:
-            block = (1).to_bytes(1 << self.refcount_order - 3, "big") * used
-        else:
-            bits = 1 << self.refcount_order
-            whole_byte = sum(1 << position for position in range(0, 8, bits))
-            whole_bytes, rest = divmod(used, 8 // bits)
-            block = bytes([whole_byte]) * whole_bytes + bytes([whole_byte & (1 << rest * bits) - 1])
-        return block.ljust(self.geometry.cluster_size, b"\0")[: self.geometry.cluster_size]
+    @property
+    def _cluster_size(self) -> int:
+        return self.geometry.cluster_size
 
     def l1_table(self) -> bytes:
         """All entries of the L1 table, which follows the refcount blocks."""

@@ -148,7 +148,7 @@ def info_chain(
             backing_format=backing_format,
             force_share=force_share,
         )
-        storage = files.open_top(path)
+        storage: Storage = files.open_top(path)
         while True:
             header = _known_header(storage)
             infos.append(_qcow2_info(storage, header, told_path, snapshot_limit))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from qcow2_plugin.errors import OptionError, printable
 from qcow2_plugin.format import geometry as limits
-from qcow2_plugin.format.fresh import FreshLayout
+from qcow2_plugin.format.fresh import FreshLayout, Places
 from qcow2_plugin.format.geometry import SECTOR_SIZE, Geometry
 from qcow2_plugin.format.header import (
     AUTOCLEAR_DATA_FILE_RAW,
@@ -30,7 +30,7 @@ from qcow2_plugin.storage.directory import absolute_path
 from qcow2_plugin.storage.opener import Policy, broken_rule
 
 _PREALLOCATIONS = ("off", "metadata", "falloc", "full")
-_COMPRESSION_TYPES = {"zlib": CompressionType.DEFLATE, "zstd": CompressionType.ZSTD}
+COMPRESSION_TYPES = {"zlib": CompressionType.DEFLATE, "zstd": CompressionType.ZSTD}
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +107,7 @@ class ImageOptions:
             )
         if self.refcount_bits not in (1, 2, 4, 8, 16, 32, 64):
             raise OptionError(f"refcount_bits must be 1, 2, 4, 8, 16, 32 or 64, not {self.refcount_bits}")
-        check_choice("compression_type", self.compression_type, _COMPRESSION_TYPES)
+        check_choice("compression_type", self.compression_type, COMPRESSION_TYPES)
         check_choice("preallocation", self.preallocation, _PREALLOCATIONS)
         smallest = 1 << limits.MIN_CLUSTER_BITS_EXTENDED_L2
         if self.extended_l2 and self.cluster_size < smallest:
@@ -179,9 +179,9 @@ class ImageOptions:
             has_data_file=self.data_file is not None,
         )
 
-    def header(self, layout: FreshLayout, data_file: bytes | None) -> Header:
+    def header(self, layout: Places, data_file: bytes | None) -> Header:
         """The header; `data_file` is the name to store. Raises OptionError if there is no room for the names."""
-        compression_type = _COMPRESSION_TYPES[self.compression_type]
+        compression_type = COMPRESSION_TYPES[self.compression_type]
         incompatible = {
             INCOMPATIBLE_DATA_FILE: data_file is not None,
             INCOMPATIBLE_COMPRESSION_TYPE: compression_type is not CompressionType.DEFLATE,

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
-from qcow2_plugin.engine.files import ChainFiles
+from qcow2_plugin.engine.files import ChainFiles, References
 from qcow2_plugin.engine.header import read_header, refusals
 from qcow2_plugin.errors import NoRawViewError, about_file, printable
 from qcow2_plugin.format.header import EncryptionMethod, Header
@@ -40,6 +40,7 @@ def raw_view(
     data_file: Path | None = None,
     base_directory: Path | None = None,
     force_share: bool = False,
+    references: References | None = None,
 ) -> Iterator[RawView]:
     """The raw disk in the data file of the image at `path`, to be read, never written, until the block ends.
 
@@ -50,7 +51,9 @@ def raw_view(
     ImageLockedError among it. Source: docs/interop/qcow2.rst, "Raw external data".
     """
     with ExitStack() as resources:
-        files = ChainFiles(resources, policy=policy, base_directory=base_directory, force_share=force_share)
+        files = ChainFiles(
+            resources, policy=policy, base_directory=base_directory, force_share=force_share, references=references
+        )
         image = files.open_top(path)
         header = read_header(image)
         reason = _reason_against(header)

@@ -200,7 +200,7 @@ class _Relocation:
                     open_below(files, self._header, self._storage)
             if data is not None and data.path is not None:
                 new = files.open_data_file(header, self._storage, data.path)
-                assert new is not None
+                assert isinstance(new, FileStorage)
                 self._require_data_file(new, verify=verify)
             if backing is not None and backing.path is not None:
                 below = open_below(files, header, self._storage, backing.path)
@@ -279,7 +279,7 @@ class _Relocation:
         with ExitStack() as resources:
             files = self._files(resources)
             old = files.open_data_file(self._header, self._storage)
-            assert old is not None
+            assert isinstance(old, FileStorage)
             if old.identity == new.identity:
                 return
             old.barrier()

@@ -76,6 +76,8 @@ find_missing() {
     [[ -z $purpose ]] || want fio fio-engine-nbd fio --enghelp=nbd
     [[ -z $purpose ]] || want xfsprogs xfsprogs have mkfs.xfs # a file system that shares blocks
     [[ $purpose != test ]] || want strace strace have strace
+    [[ $purpose != test ]] || want borgbackup borgbackup borg --version
+    [[ $purpose != test ]] || want restic restic restic version
     [[ $purpose != test ]] || find_missing_for_guests
 }
 

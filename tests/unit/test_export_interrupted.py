@@ -83,7 +83,7 @@ def test_it_is_heeded_while_another_looks_for_the_next_piece(
 ) -> None:
     """A disk of nothing but holes may go on for hours."""
 
-    def endless(_: Image) -> Iterator[Extent]:
+    def endless(_: Image, *_range: int) -> Iterator[Extent]:
         end = time.monotonic() + 20
         for offset in itertools.count(0, 512):
             if time.monotonic() > end:

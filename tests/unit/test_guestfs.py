@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 
-from qcow2_plugin.adapters.guestfs import Drive, GuestError, NoGuestfsError, appliance, inspect, read_guest_file
+from qcow2_plugin.adapters.backup.hookspecs import hookimpl
+from qcow2_plugin.adapters.backup.manager import Hooks
+from qcow2_plugin.adapters.guestfs import Drive, Guest, GuestError, NoGuestfsError, appliance, inspect, read_guest_file
 from qcow2_plugin.adapters.guestfs.drive import guestfs_drive
 from qcow2_plugin.adapters.nbdkit_process import private_directory
 from qcow2_plugin.errors import OptionError
@@ -438,6 +440,23 @@ def test_copies_that_one_kernel_cannot_tell_apart_are_looked_at_one_by_one(guest
     )
     first, second = inspect([FILE, SOCKET])
     assert (first.device, second.device) == ("/dev/sda", "/dev/sda")
+
+
+def test_plugins_are_told_what_is_found(guest: Guests) -> None:
+    told: list[Guest] = []
+
+    class Inventory:
+        QCOW2_PLUGIN_API = 1
+
+        @hookimpl
+        def qcow2_guest_inspected(self, guest: Guest) -> None:
+            told.append(guest)
+
+    guest()
+    with Hooks.load(use_installed=False, own={"inventory": Inventory()}) as hooks:
+        found = inspect([FILE], hooks=hooks)
+    assert told == found
+    assert told[0].operating_systems[0].host_name == "name"
 
 
 def test_no_images_need_no_libguestfs(fake: Fake) -> None:

@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "adapters": {"errors", "extent", "format", "storage", "engine", "operations", "adapters", "__init__"},
     "__init__": {"errors", "extent", "format", "storage", "engine", "operations"},
     "__main__": {"adapters"},
+    "testing": {"errors", "storage", "adapters"},
 }
 HOMES_OF_LIBRARIES = {
     "numpy": ("format", "engine"),
@@ -35,7 +36,9 @@ HOMES_OF_LIBRARIES = {
     "nbdkit": ("nbdkit_plugin.py",),
     "guestfs": ("adapters/guestfs",),
     "isal": ("engine",),
+    "blake3": ("engine", "operations"),
     "zstandard": ("engine",),
+    "obstore": ("adapters/backup/targets",),
     "argparse": ("adapters/cli", "__main__.py"),
     "fcntl": ("storage",),
     "hypothesis": (),
