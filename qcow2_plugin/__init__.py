@@ -12,11 +12,23 @@ The house, top floor first; imports point down only:
     adapters      translation, no logic: `nbd` (connections), `exports` and `command_line` (nbdkit's), `cli` (the
                   `qcow2` command), `nbdkit_process` (nbdkit as a child), `guestfs` (drives for libguestfs, and what it
                   finds in a guest)
+      backup      `hookspecs` is what plugins can take part in (HOOKS.md tells them), `plugins` finds them, `manager`
+                  asks them by the rules of `calls`, `builtin` are those that are always there, `references` open files
+                  for images as plugins say; `target` says what a place for backups must do, `targets` are such places
+                  (with `program`, for those that are the programs of others), and `testing`, in the package itself,
+                  holds anybody's to it. `model` is what they all talk about; `repository` finds points and chains at a
+                  target by `names` and `manifest`, `restore`, `verify` and `serving` use them, `merge` and `retention`
+                  make them fewer. `job` says in which order a backup happens: `journal` tells of it while it runs,
+                  `levels` and `sampling` judge how much is needed, `rotation` turns the bitmaps, `planning` and
+                  `members` deal with each disk, `sources` with its image, `recovery` with what a crash leaves
     operations    verbs over whole images, one module each: `create`, `info`, `map`, `vet`, `resize`, `check`,
                   `snapshots`, `bitmaps`, `bitmap_health`, `transaction` (bitmaps of several images), `amend`, `adopt`
                   and `detach` (a raw disk gets an image and loses it), `relocate` (names of other files),
                   `export` (a raw copy of the disk), `raw_view` (the data file as that disk), ...;
-                  `new_image` and `new_files` are what images are made with
+                  `new_image` and `new_files` are what images are made with.
+                  For backups: `changes` (what has to be kept), `write_member` (what keeps it), `content_digest` (is it
+                  the same disk?), `file_digest` (the same file?), `merge_layers` (fewer files, the same disk),
+                  `copy_image` (an image of its own)
     engine        one image. Reading: `chain` opens it with all that is below, `image` is the data path, `mapping` says
                   where guest ranges live, `tables` keeps what was read of the L1 and L2 tables, `codec` decompresses,
                   `layout` tells whether the file is all there.
@@ -27,7 +39,9 @@ The house, top floor first; imports point down only:
                   Changing it as a whole: `standing_still` gives the time, `resizing` another size, `amending` another
                   kind (with `refcount_width` and `zero_expansion`), `header_rewrite` plans another header,
                   `data_file_proof` tells whether a data file is the disk.
-                  Copying it out: `copy_out` moves the data (`zeros` finds what need not move), `copy_proof` compares.
+                  Copying it out: `copy_out` moves the data (`zeros` finds what need not move), `copy_proof` compares,
+                  `packing` compresses it to an image, `digest_tree` hashes it, `merging` takes layers as stored;
+                  `in_order` is for threads whose results are wanted one after the other.
       checking    `check` says what is looked for, `check_structures`, `check_tables`, `check_refcounts` and
                   `check_data_file` look, `references` and `table_references` count, `findings` collects
       repairing   `repair` says in which order, `repair_entries`, `repair_refcounts`, `repair_snapshots` and
@@ -40,8 +54,8 @@ The house, top floor first; imports point down only:
                   `bitmaps` and `dirty` read them, `tracking` keeps them true, `bitmap_changes` brings other ones by one
                   switch (`bitmap_plan` says which, `bitmap_content` what they mark), `bitmap_survey` looks at damaged
                   ones, `unfinished` at images in the middle of a transaction
-    storage       where bytes live: `file`, `space`, `copying`, `offload`, `device`, `locks`, `directory`, and
-                  `opener`, the only way from a name to an open file
+    storage       where bytes live: `file`, `space`, `copying`, `offload`, `early`, `device`, `locks`, `directory`,
+                  `blobs` (files that are there as a whole), and `opener`, the only way from a name to an open file
     format        bytes <-> values, pure: `header`, `geometry`, `entries`, `refcounts`, `snapshots`, `bitmaps`, ...
     extent, errors    the words that all of them share
 

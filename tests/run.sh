@@ -30,14 +30,15 @@ step lint "$python" -m ruff check .
 step layout "$python" -m ruff format --check .
 step types "$python" -m mypy
 
-aside=(tests/crash tests/interop/test_guestfs.py tests/interop/test_examples.py)
-printf '\n== tests (those of crashes and guests beside all others, and told of in the end)\n'
+aside=(tests/crash tests/interop/test_guestfs.py tests/interop/test_examples.py
+    tests/interop/test_backup*.py tests/interop/test_targets.py)
+printf '\n== tests (those of crashes, guests and backups beside all others, and told of in the end)\n'
 log=$(mktemp)
 "$python" -m pytest "${aside[@]}" >"$log" 2>&1 &
 beside=$!
 trap 'kill "$beside" 2>/dev/null; rm -f "$log"' EXIT
 "$python" -m pytest "${aside[@]/#/--ignore=}" || failed+=(tests)
-wait "$beside" || failed+=('tests of crashes and guests')
+wait "$beside" || failed+=('tests of crashes, guests and backups')
 trap 'rm -f "$log"' EXIT # nothing is left to end, and a vain kill would be the status
 cat "$log"
 

@@ -24,9 +24,13 @@ from qcow2_plugin.storage.directory import absolute_path
 from qcow2_plugin.storage.opener import Policy
 
 PARAMETERS = {
-    "file": "FILE  the qcow2 image to serve (required)",
+    "file": "FILE  the qcow2 image to serve (this or backup= is required)",
+    "backup": "DIR  instead of an image, a point of the backups in this directory",
+    "point": "ID  which point of the backups (default: the latest)",
+    "disk": "NAME  which disk of the point (default: its only one)",
+    "scratch": "FILE  a qcow2 image that takes what is written to a point; made if it is not there",
     "readonly": "true|false  serve it read-only (default: true if nbdkit is given -r, or one of snapshot=, bitmap=, "
-    "allow-damaged=, force-share= is)",
+    "allow-damaged=, force-share=, or backup= without scratch=, is)",
     "policy": "inspect|confined|trusted  which files that the image names may be opened (default: confined, plain "
     "names below the image's directory)",
     "data-file": "FILE  external data file, instead of the name in the image",
@@ -39,10 +43,15 @@ PARAMETERS = {
     "force-share": "true|false  read although another program may be writing, read-only (default: false, refuse)",
     "cache-size": "SIZE  bytes of mapping tables to keep in memory for each export in use (default: 32M)",
 }
-_PATHS = frozenset({"file", "data-file", "backing-file", "base-directory"})
+_PATHS = frozenset({"file", "backup", "scratch", "data-file", "backing-file", "base-directory"})
 _BOOLEANS = frozenset({"readonly", "allow-damaged", "force-share"})
 _READ_ONLY_KINDS = ("snapshot", "bitmap", "allow-damaged", "force-share")
 """Parameters that are for reading only."""
+_ABOUT_BACKUP = ("point", "disk", "scratch")
+_ABOUT_IMAGE = (
+    *("file", "data-file", "backing-file", "backing-format", "base-directory", "snapshot", "bitmap", "allow-damaged"),
+    "force-share",
+)
 
 _SHORT_WITH_VALUE = frozenset("DegiPptUu")
 _LONG_WITH_VALUE = (
@@ -65,6 +74,10 @@ class Parameters:
     """What the command line asks for; names are those of `PARAMETERS` with underscores."""
 
     file: str | None = None
+    backup: str | None = None
+    point: str | None = None
+    disk: str | None = None
+    scratch: str | None = None
     readonly: bool | None = None
     policy: Policy = Policy.CONFINED
     data_file: str | None = None
@@ -97,14 +110,26 @@ class Parameters:
             setattr(self, name, value)
 
     def check(self) -> str:
-        """The image's path, if the parameters make sense together. Raises ParameterError."""
-        if self.file is None:
+        """The path of the image, or of the backups, if the parameters make sense together. Raises ParameterError."""
+        path = self.file or self.backup
+        if path is None:
             raise ParameterError("which image? add file=IMAGE.qcow2")
+        self._check_backup()
         if self.snapshot is not None and self.bitmap is not None:
             raise ParameterError("snapshot= and bitmap= exclude each other")
         if self.readonly is False and (kinds := self._read_only_kinds()):
             raise ParameterError(f"{kinds[0]}= is for reading only; leave out readonly=false")
-        return self.file
+        return path
+
+    def _check_backup(self) -> None:
+        about_backup = [key for key in _ABOUT_BACKUP if getattr(self, key) is not None]
+        if self.backup is None:
+            if about_backup:
+                raise ParameterError(f"{about_backup[0]}= is about backups; add backup=DIR")
+            return
+        for key in _ABOUT_IMAGE:
+            if getattr(self, _attribute(key)) not in (None, False):
+                raise ParameterError(f"{key}= is about an image, and backup= names a point; leave one of them out")
 
     def is_writable(self, *, read_only_server: bool) -> bool:
         """True if the image is to be opened for writing; `read_only_server` if nbdkit was given -r."""
@@ -113,7 +138,8 @@ class Parameters:
         return not read_only_server and not self._read_only_kinds()
 
     def _read_only_kinds(self) -> list[str]:
-        return [key for key in _READ_ONLY_KINDS if getattr(self, _attribute(key)) not in (None, False)]
+        kinds = [key for key in _READ_ONLY_KINDS if getattr(self, _attribute(key)) not in (None, False)]
+        return ["backup", *kinds] if self.backup is not None and self.scratch is None else kinds
 
 
 def asks_for_read_only(words: Iterable[str]) -> bool:
@@ -158,6 +184,7 @@ def help_text() -> str:
             "",
             "  nbdkit -f -i 127.0.0.1 python ./nbdkit_plugin.py file=disk.qcow2",
             "  nbdkit -r -U - python ./nbdkit_plugin.py file=disk.qcow2 --run 'nbdinfo \"$uri\"'",
+            "  nbdkit -f -U disk.sock python ./nbdkit_plugin.py backup=/backups/guest point=ID disk=root",
             "",
             "Parameters:",
             *lines,

@@ -209,7 +209,11 @@ class Exports:
         ]
 
     def _file_name(self) -> str:
-        return _shown(os.path.basename(self._parameters.check()))
+        name = _shown(os.path.basename(self._parameters.check()))
+        if self._parameters.backup is None:
+            return name
+        disk = "" if self._parameters.disk is None else f" of disk {_shown(self._parameters.disk)}"
+        return f"{_shown(self._parameters.point or 'latest')} point{disk} in {name}"
 
     def _of_snapshot(self, snapshot: Snapshot) -> str:
         taken = datetime.fromtimestamp(snapshot.date_seconds, tz=UTC).strftime("%Y-%m-%d %H:%M:%S UTC")

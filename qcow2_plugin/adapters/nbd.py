@@ -23,7 +23,7 @@ import sys
 import threading
 from _thread import get_ident
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 from qcow2_plugin.adapters.command_line import ParameterError, Parameters
 from qcow2_plugin.adapters.exports import Exports, Run, View
@@ -77,6 +77,7 @@ class Server:
         self._read_only = read_only
         self._parameters = Parameters()
         self._image: Image | None = None
+        self._resources = ExitStack()
         self._exports: Exports | None = None
         self._views: dict[str, tuple[View, int]] = {}
         """Open views and how many connections use each."""
@@ -107,6 +108,8 @@ class Server:
                 raise NotStoredError(
                     f"what was written after the last flush may be lost: {error}", file=self._parameters.file
                 ) from error
+            finally:
+                self._resources.close()
 
     def exports(self) -> list[tuple[str, str]]:
         """(name, description) of the exports that a client can be shown."""
@@ -163,6 +166,8 @@ class Server:
         given = self._parameters
         path = given.check()
         writable = given.is_writable(read_only_server=self._read_only)
+        if given.backup is not None:
+            return self._open_point(given.backup, writable=writable)
         try:
             return open_image(
                 path,
@@ -183,6 +188,20 @@ class Server:
                 f"cannot open for writing: {error.strerror}; to serve it read-only, give nbdkit -r",
                 file=error.filename,
             ) from error
+
+    def _open_point(self, directory: str, *, writable: bool) -> Image:
+        from qcow2_plugin.adapters.backup.serving import opened_point  # who serves an image need not wait for it
+
+        given = self._parameters
+        point = opened_point(
+            directory,
+            given.point or "latest",
+            given.disk,
+            scratch=given.scratch,
+            writable=writable,
+            cache_size=given.cache_size,
+        )
+        return self._resources.enter_context(point)
 
 
 class Connection:

@@ -10,7 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from . import care, export, memory, nbd, report, tools, writes
+from . import backup, care, export, memory, nbd, report, tools, writes
 from .processes import BenchError
 from .settings import Settings
 
@@ -26,6 +26,7 @@ FAMILIES = (
     tools.opens,
     care.measure,
     export.measure,
+    backup.measure,
     memory.measure,
 )
 """Each yields its table, then fills it: what was measured before something fails is kept."""
@@ -44,7 +45,7 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
         default="",
         metavar="TEXT",
         help='only measurements with this in their name, such as "fio plain", "write plain", "fresh", "depth 32", '
-        '"create", "map", "info", "care", "export", "memory"',
+        '"create", "map", "info", "care", "export", "backup", "memory"',
     )
     parser.add_argument("--json", type=Path, default=Path("bench.json"), metavar="FILE", help="(default: bench.json)")
     parser.add_argument(

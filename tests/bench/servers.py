@@ -52,12 +52,12 @@ def pass_through(raw: Path, *, writable: bool = False) -> Iterator[Server]:
 
 
 @contextmanager
-def qemu_nbd(image: Path, *, writable: bool = False) -> Iterator[Server]:
-    """qemu-nbd with its defaults, and still there after the first client."""
+def qemu_nbd(image: Path, *options: str, writable: bool = False) -> Iterator[Server]:
+    """qemu-nbd with its defaults and these `options`, and still there after the first client."""
     with socket_folder(image.parent) as folder:
         socket, ready = folder / "socket", folder / "pid"
         mode = "--cache=writeback" if writable else "--read-only"
-        command = ["qemu-nbd", mode, "--persistent", "--format=qcow2"]
+        command = ["qemu-nbd", mode, "--persistent", "--format=qcow2", *options]
         command += [f"--socket={socket}", f"--pid-file={ready}", str(image)]
         with running(command, ready, image.parent) as pid:
             yield Server(uri_of(socket), pid)

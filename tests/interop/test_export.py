@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import shutil
 import signal
 import stat
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,7 @@ from tests.support.command import COMMAND, qcow2
 from tests.support.export_kinds import KINDS, Kind
 from tests.support.holders import qemu_io_holding
 from tests.support.loop import loop_device
+from tests.support.sharing import xfs
 from tests.support.tools import qemu_img, qemu_img_json, qemu_io
 
 _BY_NAME = {make.__name__: make for make in KINDS}
@@ -134,25 +133,6 @@ def test_a_target_that_qemu_writes_is_not_replaced(tmp_path: Path) -> None:
     with qemu_io_holding(target, "-f", "raw"), pytest.raises(ImageLockedError):
         export_raw(image, target, overwrite=True)
     assert target.read_bytes() == b"old!" * (1 << 18)
-
-
-@contextlib.contextmanager
-def xfs(directory: Path) -> Iterator[Path]:
-    """A file system that shares blocks; skips the test where it cannot be had."""
-    if shutil.which("mkfs.xfs") is None:
-        pytest.skip("mkfs.xfs (package xfsprogs) is not installed, so that blocks cannot be shared for real")
-    disk, mounted = directory / "xfs.disk", directory / "xfs"
-    with disk.open("wb") as file:
-        file.truncate(512 << 20)
-    subprocess.run(["mkfs.xfs", "-q", "-m", "reflink=1", disk], check=True, capture_output=True)
-    mounted.mkdir()
-    done = subprocess.run(["mount", "-o", "loop", disk, mounted], check=False, capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"this user or kernel cannot mount XFS, so that blocks cannot be shared for real: {done.stderr}")
-    try:
-        yield mounted
-    finally:
-        subprocess.run(["umount", mounted], check=True)
 
 
 @pytest.mark.parametrize("make", [_BY_NAME["active"], _BY_NAME["three_layers"], _BY_NAME["raw_data_file"]])

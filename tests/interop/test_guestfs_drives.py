@@ -17,8 +17,12 @@ import nbd
 import pytest
 
 from qcow2_plugin import Policy, create_image, open_image
+from qcow2_plugin.adapters.backup.hook_values import Decision, Location
+from qcow2_plugin.adapters.backup.hookspecs import hookimpl
+from qcow2_plugin.adapters.backup.manager import Hooks
 from qcow2_plugin.adapters.guestfs import Drive, appliance, guestfs_drive
 from qcow2_plugin.adapters.nbdkit_process import CannotServeError
+from qcow2_plugin.engine.files import Reference
 from qcow2_plugin.errors import ImageLockedError
 from tests.support.builder import ImageBuilder
 from tests.support.command import COMMAND, process_environment, qcow2, qcow2_process
@@ -146,6 +150,36 @@ def test_options_reach_the_plugin(tmp_path: Path) -> None:
         nbd_connect(uri(drive)) as handle,
     ):
         assert bytes(handle.pread(4, 0)) == b"base"
+
+
+def test_what_plugins_locate_is_served(tmp_path: Path) -> None:
+    (tmp_path / "far").mkdir()
+    qemu_img("create", "-f", "raw", tmp_path / "far" / "base.raw", "1M")
+    with open(tmp_path / "far" / "base.raw", "r+b") as base:
+        base.write(b"below")
+    (tmp_path / "base.raw").symlink_to("far/base.raw")
+    create_image(tmp_path / "data.qcow2", MIB, data_file=tmp_path / "data")
+    os.rename(tmp_path / "data", tmp_path / "far" / "data")
+    top = tmp_path / "top.qcow2"
+    create_image(top, MIB, backing_file="base.raw", backing_format="raw", policy=Policy.TRUSTED)
+
+    class Far:
+        QCOW2_PLUGIN_API = 1
+
+        @hookimpl
+        def qcow2_locate_reference(self, reference: Reference) -> str:
+            return str(tmp_path / "far" / reference.name.decode())
+
+        @hookimpl
+        def qcow2_authorize_reference(self, location: Location) -> Decision:
+            return Decision(location.plugin == "far")
+
+    references = Hooks.load(use_installed=False, own={"far": Far()}).references()
+    for image, start in ((top, b"below"), (tmp_path / "data.qcow2", bytes(5))):
+        with pytest.raises(CannotServeError), guestfs_drive(image):
+            pass
+        with guestfs_drive(image, references=references) as drive, nbd_connect(uri(drive)) as handle:
+            assert bytes(handle.pread(5, 0)) == start
 
 
 def test_an_image_that_cannot_be_served_is_told_by_nbdkits_words(tmp_path: Path) -> None:

@@ -1,9 +1,9 @@
 """The `qcow2` command: a parser, one module per verb, and how failures end.
 
 Exit codes: 0 done, 1 failed (one line on stderr says why), 2 wrong usage, 3 refused by `vet` or, by `bitmap health`, no
-incremental backup, 130 interrupted, 129 and 143 told to end, 141 the reader went away; `serve` ends with the code of
-nbdkit or of its command, `guestfs --run` with that of its command, `check` with those of qemu-img (1 wrong usage too, 2
-corruptions, 3 leaks).
+incremental backup or, by `verify`, something wrong with a backup or, by `backup`, a loose end, 130 interrupted, 129 and
+143 told to end, 141 the reader went away; `serve` ends with the code of nbdkit or of its command, `guestfs --run` with
+that of its command, `check` with those of qemu-img (1 wrong usage too, 2 corruptions, 3 leaks).
 A verb's module is imported when the verb is asked for, and what its work needs when it runs.
 """
 
@@ -24,20 +24,28 @@ _VERBS = frozenset(
         "adopt",
         "amend",
         "attach",
+        "backup",
         "bitmap",
         "cat",
         "check",
         "create",
         "detach",
+        "digest",
         "export",
+        "extents",
         "guestfs",
         "info",
         "inspect",
         "map",
+        "plugins",
+        "points",
+        "prune",
         "relocate",
         "resize",
+        "restore",
         "serve",
         "snapshot",
+        "verify",
         "vet",
     )
 )

@@ -7,7 +7,7 @@ import json
 import sys
 from typing import TYPE_CHECKING
 
-from qcow2_plugin.adapters.cli import guests, text
+from qcow2_plugin.adapters.cli import guests, hook_options, text
 from qcow2_plugin.adapters.cli.signals import ended_by_signals
 from qcow2_plugin.errors import printable
 
@@ -48,6 +48,7 @@ def add_to(verbs: text.Verbs) -> None:
     parser.add_argument("--applications", action="store_true", help="list the installed packages, too")
     guests.add_timeout(parser)
     text.add_opening(parser)
+    hook_options.add_to(parser)
     guests.add_images(parser)
     parser.set_defaults(start=_run, usage_error=parser.error)
 
@@ -57,8 +58,10 @@ def _run(arguments: argparse.Namespace) -> int:
 
     opening = guests.opening(arguments)
     guests.tell_of_launch()
-    with ended_by_signals():
-        found = inspect(arguments.images, applications=arguments.applications, timeout=arguments.timeout, **opening)
+    with ended_by_signals(), hook_options.load(arguments) as hooks:
+        found = inspect(
+            arguments.images, applications=arguments.applications, timeout=arguments.timeout, hooks=hooks, **opening
+        )
     if arguments.output == "json":
         from dataclasses import asdict
 

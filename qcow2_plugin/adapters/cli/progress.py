@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import sys
 import time
 
+_TOLD_EVERY = 0.2
+"""Seconds between two lines for a program."""
 _UNASKED_AFTER = 2.0
 """Seconds after which progress is shown on a terminal."""
 
@@ -36,3 +40,35 @@ class Progress:
         """The work is over."""
         if self._on_terminal and self._shown >= 0:
             print("\r" + " " * (len(self._done) + 9) + "\r", end="", file=sys.stderr, flush=True)
+
+
+class JsonProgress:
+    """Tells on stderr how far the work is, for a program: an object in each line."""
+
+    def __init__(self, phase: str) -> None:
+        self._phase = phase
+        self._told_at = 0.0
+
+    def tell(self, done: int, total: int) -> None:
+        """`done` of `total` is done."""
+        now = time.monotonic()
+        if done == total or now - self._told_at > _TOLD_EVERY:
+            self._told_at = now
+            print(json.dumps({"phase": self._phase, "done": done, "total": total}), file=sys.stderr, flush=True)
+
+    def clear(self) -> None:
+        """The work is over."""
+
+
+def add_option(parser: argparse.ArgumentParser) -> None:
+    """--progress."""
+    parser.add_argument(
+        "--progress", choices=("bar", "json"), help="tell on stderr how far it is; json: an object in each line"
+    )
+
+
+def asked_for(arguments: argparse.Namespace, phase: str, done: str) -> Progress | JsonProgress:
+    """What --progress asks for; `done` says what has been done, as in "12 % checked"."""
+    if arguments.progress == "json":
+        return JsonProgress(phase)
+    return Progress(done, asked=arguments.progress == "bar")

@@ -15,13 +15,16 @@ import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from urllib.parse import quote
 
 from qcow2_plugin.adapters.nbdkit_process import is_utf8, plugin_parameters, serving
 from qcow2_plugin.errors import NoRawViewError, OptionError
 from qcow2_plugin.operations.raw_view import RawView, raw_view
 from qcow2_plugin.storage.opener import Policy
+
+if TYPE_CHECKING:
+    from qcow2_plugin.engine.files import References
 
 Path = str | os.PathLike[str]
 
@@ -66,11 +69,12 @@ def guestfs_drive(
     base_directory: Path | None = None,
     allow_damaged: bool = False,
     force_share: bool = False,
+    references: References | None = None,
 ) -> Iterator[Drive]:
     """A drive for libguestfs that shows the disk of `image`, until the block ends; libguestfs must be done by then.
 
-    The options are those of `open_image`. Unless it is `writable` nothing can be written to the image. If it is, what
-    was written is stored when the block ends.
+    The options are those of `open_image`; nbdkit is told where the `references` found files. Unless it is `writable`
+    nothing can be written to the image. If it is, what was written is stored when the block ends.
 
     Raises OptionError if it is to be written and what is asked for is for reading only; CannotServeError with the
     words of nbdkit: it is missing, the image cannot be opened, what was written could not be stored; OSError.
@@ -90,22 +94,39 @@ def guestfs_drive(
                 data_file=data_file,
                 base_directory=base_directory,
                 force_share=force_share,
+                references=references,
             )
             if view is not None:
                 yield Drive(os.fspath(image), "raw", view.path)
                 return
-        parameters = plugin_parameters(
-            image,
-            writable=writable,
-            policy=policy.value,
-            data_file=data_file,
-            backing_file=backing_file,
-            backing_format=backing_format,
-            base_directory=base_directory,
+        options: dict[str, Any] = {
+            "data_file": data_file,
+            "backing_file": backing_file,
+            "backing_format": backing_format,
+            "base_directory": base_directory,
             **only_read,
-        )
+        }
+        if references is not None:
+            options |= _found(image, references, policy=policy, **options)
+        parameters = plugin_parameters(image, writable=writable, policy=policy.value, **options)
         socket = resources.enter_context(serving(parameters, writable=writable))
         yield Drive(os.fspath(image), "nbd", str(socket), writable)
+
+
+def _found(image: Path, references: References, **opening: Any) -> dict[str, str]:
+    """Where the data file and the backing file of the image are, for a child that cannot ask the references."""
+    from qcow2_plugin.engine.chain import open_image
+    from qcow2_plugin.engine.image import Image
+    from qcow2_plugin.engine.raw import RawDisk
+
+    with open_image(image, references=references, **opening) as opened:
+        layer = opened.layer
+        files: dict[str, str | None] = {"data_file": layer.data.path if layer.data is not layer.storage else None}
+        if isinstance(layer.backing, Image):
+            files["backing_file"] = layer.backing.layer.storage.path
+        elif isinstance(layer.backing, RawDisk):
+            files["backing_file"] = layer.backing.storage.path
+        return {option: path for option, path in files.items() if path is not None}
 
 
 def _raw_disk(resources: ExitStack, image: Path, **opening: Any) -> RawView | None:

@@ -15,12 +15,15 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qcow2_plugin.adapters.guestfs.appliance import DEFAULT_TIMEOUT, GuestError, ask
 from qcow2_plugin.adapters.guestfs.drive import Drive, Path, guestfs_drive
 from qcow2_plugin.adapters.nbdkit_process import is_utf8
 from qcow2_plugin.errors import OptionError
+
+if TYPE_CHECKING:
+    from qcow2_plugin.adapters.backup.manager import Hooks
 
 DEFAULT_LIMIT = 64 << 20
 """Bytes of a file that is read out of a guest."""
@@ -101,19 +104,32 @@ def inspect(
     *,
     applications: bool = False,
     timeout: float = DEFAULT_TIMEOUT,
+    hooks: Hooks | None = None,
     **opening: Any,
 ) -> list[Guest]:
     """What is on these disks, in their order, found in one launch; nothing is written.
 
     An image is a path, opened with the options of `guestfs_drive`, or a drive that is one already. Copies of a disk
     with LVM, RAID or btrfs on it, which one kernel cannot tell apart, are looked at one after the other; `timeout`
-    (seconds) is for each launch.
+    (seconds) is for each launch. Plugins, if there are `hooks`, have a say about the files that images name, and are
+    told what was found.
 
     Raises OptionError; NoGuestfsError if libguestfs is missing or cannot start, GuestError if it gives up or needs
     longer; what `guestfs_drive` raises. Lock: as `guestfs_drive`, for all of them at once.
     """
     if not images:
         return []
+    if hooks is None:
+        return _inspected(images, applications, timeout, opening)
+    guests = _inspected(images, applications, timeout, {**opening, "references": hooks.references()})
+    for guest in guests:
+        hooks.guest_inspected(guest)
+    return guests
+
+
+def _inspected(
+    images: Sequence[Path | Drive], applications: bool, timeout: float, opening: Mapping[str, Any]
+) -> list[Guest]:
     with _drives(images, opening) as drives:
         told = ask("inspect", drives, timeout=timeout, applications=applications).told
         if not told.get("clash"):

@@ -1,0 +1,1 @@
+"""Backups of disks: the flow, its hooks, and the targets that keep them."""
