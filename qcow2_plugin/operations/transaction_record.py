@@ -23,8 +23,16 @@ class RecordFile:
         self.path = path
 
     def create(self, record: Record) -> None:
-        """Make it, durably. Raises FileExistsError and other OSError; then there is none of ours."""
-        directory.write_new(self.path, record.pack())
+        """Make it, durably; it is never there in part. Raises FileExistsError and other OSError; then there is none of
+        ours."""
+        temporary = directory.temporary_name(self.path)
+        directory.write_new(temporary, record.pack())
+        try:
+            directory.give_name(temporary, self.path)
+        except BaseException:
+            with suppress(OSError):  # the error that led here says more
+                os.unlink(temporary)
+            raise
         try:
             directory.make_names_durable(os.path.dirname(self.path))
         except BaseException:

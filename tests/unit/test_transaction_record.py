@@ -43,7 +43,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_a_record_lives(file: RecordFile, calls: list[str], tmp_path: Path) -> None:
     file.create(PREPARED)
     assert file.read() == PREPARED
-    assert calls == ["write", "fsync", "fsync of the directory"]
+    assert calls == ["write", "fsync", "unlink", "fsync of the directory"]
+    assert os.listdir(tmp_path) == ["record"]
     calls.clear()
     file.switch(COMMITTED)
     assert file.read() == COMMITTED
@@ -53,6 +54,19 @@ def test_a_record_lives(file: RecordFile, calls: list[str], tmp_path: Path) -> N
     file.remove()
     assert calls == ["unlink", "unlink", "fsync of the directory"]
     assert not os.listdir(tmp_path)
+
+
+def test_it_has_its_name_only_when_it_is_whole_and_durable(file: RecordFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    was_there: list[bool] = []
+    original = os.fsync
+
+    def fsync(fd: int) -> None:
+        was_there.append(os.path.lexists(file.path))
+        original(fd)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    file.create(PREPARED)
+    assert was_there == [False, True]
 
 
 def test_nothing_is_written_over(file: RecordFile, tmp_path: Path) -> None:
