@@ -665,6 +665,17 @@ def qcow2_open_target(uri):
     assert not list(fleet.root.glob(".*journal*"))
 
 
+@pytest.mark.parametrize("hook", ["begin", "plan", "prepare"])
+def test_the_command_is_told_to_end_inside_a_hook(fleet: Fleet, tmp_path: Path, hook: str) -> None:
+    fleet.back_up()
+    before = sorted(os.listdir(fleet.repository)), fleet.own_bitmaps("disk")
+    body = f"@hookimpl\ndef qcow2_backup_{hook}(job):\n    os.kill(os.getpid(), signal.SIGTERM)\n"
+    ending = plugin(tmp_path, body)
+    ended = run_qcow2("backup", fleet.path("disk"), "--to", fleet.repository, "--plugin", ending)
+    assert ended.returncode == 128 + signal.SIGTERM, ended.stderr
+    assert (sorted(os.listdir(fleet.repository)), fleet.own_bitmaps("disk")) == before
+
+
 def test_the_command_tells_of_a_loose_end(fleet: Fleet, tmp_path: Path) -> None:
     fleet.back_up()
     fleet.back_up()

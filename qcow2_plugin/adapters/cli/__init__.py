@@ -17,6 +17,7 @@ from importlib import import_module
 from typing import NoReturn
 
 from qcow2_plugin.adapters.cli import text
+from qcow2_plugin.adapters.cli.signals import Ended
 from qcow2_plugin.errors import Qcow2Error
 
 _VERBS = frozenset(
@@ -82,8 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         text.discard_stdout()
         return _READER_GONE
-    except KeyboardInterrupt:
-        return _INTERRUPTED
+    except KeyboardInterrupt as error:
+        return error.status if isinstance(error, Ended) else _INTERRUPTED
     except (Qcow2Error, OSError, MemoryError) as error:
         text.fail(error)
         return _FAILED

@@ -11,6 +11,14 @@ from typing import NoReturn
 _ENDING = (signal.SIGTERM, signal.SIGHUP)
 
 
+class Ended(KeyboardInterrupt):
+    """A signal has told this process to end, with the exit code `status`. No SystemExit: plugins raise that, too."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.status = 128 + number
+
+
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
     """While the block runs, SIGTERM and SIGHUP end this process as Ctrl-C does: what it started ends first.
@@ -19,7 +27,7 @@ def ended_by_signals() -> Iterator[None]:
     """
 
     def end(number: int, _frame: FrameType | None) -> NoReturn:
-        raise SystemExit(128 + number)
+        raise Ended(number)
 
     heeded = [number for number in _ENDING if signal.getsignal(number) is not signal.SIG_IGN]
     before = [(number, signal.signal(number, end)) for number in heeded]
