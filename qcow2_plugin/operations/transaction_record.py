@@ -25,7 +25,9 @@ class RecordFile:
     def create(self, record: Record) -> None:
         """Make it, durably; it is never there in part. Raises FileExistsError and other OSError; then there is none of
         ours."""
-        temporary = directory.temporary_name(self.path)
+        temporary = self.path + _SUCCESSOR
+        if os.path.lexists(temporary) and not os.path.lexists(self.path):  # what a crash has left, nobody's successor
+            os.unlink(temporary)
         directory.write_new(temporary, record.pack())
         try:
             directory.give_name(temporary, self.path)

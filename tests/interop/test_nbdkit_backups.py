@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from qcow2_plugin.adapters.backup.serving import opened_point
 from tests.support.backup_chains import History, history
 from tests.support.tools import Server, ToolError, nbdkit, qemu_img, qemu_img_json, qemu_io
 
@@ -91,3 +92,11 @@ def test_no_directory_is_made(tmp_path: Path) -> None:
     with pytest.raises(ToolError, match="add backup=DIR"), nbdkit({"file": tmp_path / "x", "point": "latest"}):
         pass
     assert os.listdir(tmp_path) == []
+
+
+def test_a_scratch_image_is_for_its_owner_alone(tmp_path: Path) -> None:
+    """What is written to a part of a cluster brings the rest of it from the backup."""
+    made = history(tmp_path, ["root"], "f")
+    scratch = tmp_path / "scratch.qcow2"
+    with opened_point(str(made.directory), "latest", None, scratch=str(scratch), writable=True):
+        assert scratch.stat().st_mode & 0o777 == 0o600

@@ -397,3 +397,33 @@ def test_after_an_error_there_is_nothing(tmp_path: Path, form: str) -> None:
     with pytest.raises((Qcow2Error, OSError)):
         restore(made.again(), "latest", None, Request(to=str(to / "disk"), form=form, overwrite=True))
     assert (os.listdir(to), (to / "disk").read_bytes()) == (["disk"], b"mine")
+
+
+def test_without_a_digest_nothing_is_made_that_could_not_be_verified(copy: History, tmp_path: Path) -> None:
+    changed(copy, copy.points[0], content_digest=None, leaves_file=None)
+    there = tmp_path / "disk.raw"
+    there.write_bytes(b"precious")
+    request = Request(to=str(there), form="raw", overwrite=True, verify=True)
+    with pytest.raises(OptionError, match="no digest"):
+        restore(copy.again(), copy.points[0], "root", request)
+    assert there.read_bytes() == b"precious"
+
+
+def test_what_is_wrong_is_removed_behind_a_link(copy: History, tmp_path: Path) -> None:
+    changed(copy, copy.points[0], content_digest="00" * 32, leaves_file=None)
+    there, link = tmp_path / "disk.raw", tmp_path / "link.raw"
+    there.write_bytes(b"old")
+    link.symlink_to(there)
+    request = Request(to=str(link), form="raw", overwrite=True, verify=True)
+    with pytest.raises(ExportError):
+        restore(copy.again(), copy.points[0], "root", request)
+    assert not there.exists()
+
+
+def test_a_disk_that_is_not_there_is_not_verified(made: History, tmp_path: Path) -> None:
+    wrong: list[dict[str, Any]] = [{"disks": ["typo"]}, {"against": {"typo": str(tmp_path / "x")}}]
+    for options in wrong:
+        with pytest.raises(ManifestError, match="typo"):
+            verify(made.again(), **options)
+    ended = qcow2("verify", "--no-plugins", "--disk", "typo", made.directory)
+    assert (ended.status, ended.stdout) == (1, "")

@@ -20,6 +20,7 @@ from qcow2_plugin.adapters.backup.retention import Rules, plan, prune
 from qcow2_plugin.adapters.backup.targets.directory import DirectoryTarget
 from qcow2_plugin.adapters.backup.verify import verify
 from qcow2_plugin.errors import ManifestError, OptionError
+from qcow2_plugin.operations.file_digest import file_digest
 from tests.support.backup_chains import ElsewhereTarget, History, add_point, changed, history
 from tests.support.command import qcow2, qcow2_json
 
@@ -297,3 +298,30 @@ def test_the_command(tmp_path: Path) -> None:
     assert sorted(os.listdir(made.directory)) == before
     assert qcow2("prune", *words).status == 0
     assert_all_there(made, made.points[2:])
+
+
+def test_a_manifest_that_is_missing_stops_everything(tmp_path: Path) -> None:
+    """What is built on that point is still a disk for any tool, as long as the files are there."""
+    made = history(tmp_path, ["root"], "fiif")
+    (made.directory / names.manifest_name(made.points[0])).unlink()
+    with pytest.raises(ManifestError, match="nothing is removed"):
+        plan(made.again(), Rules(last=1))
+    prune(made.again(), [])
+    made.assert_holds(made.points[2], "root")
+
+
+def test_two_that_merge_the_same_do_not_mix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While one is about to keep a merged member, another has published his, which is built on another point."""
+    made = history(tmp_path, ["root"], "fiii", size=1 << 20)
+    far = Repository.open(ElsewhereTarget(made.directory))
+    slower, faster = ({"root": None}, {"root": made.points[0]})
+
+    def overtaken(path: str) -> tuple[str, int]:
+        monkeypatch.setattr(merging, "file_digest", file_digest)
+        merging.merge(Repository.open(ElsewhereTarget(made.directory)), made.points[3], faster)
+        return file_digest(path)
+
+    monkeypatch.setattr(merging, "file_digest", overtaken)
+    with pytest.raises(ManifestError, match="meanwhile"):
+        merging.merge(far, made.points[3], slower)
+    assert verify(Repository.open(ElsewhereTarget(made.directory)), level=2).findings == []

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from qcow2_plugin.adapters.backup import targets
+from qcow2_plugin.adapters.backup.secrets import Secret
 from qcow2_plugin.errors import TargetError
 from qcow2_plugin.testing import check_target
 from tests.support.stores import (
@@ -207,3 +208,17 @@ def test_vendor_like_targets_are_short() -> None:
     for name in ("directory", "borg", "restic", "s3"):
         lines = Path(targets.__file__).with_name(f"{name}.py").read_text().splitlines()
         assert len(lines) < 100, name
+
+
+def test_a_password_in_a_place_is_no_argument(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As arguments everybody would see it. restic reads it, once, from where it is told to."""
+    said, fake = tmp_path / "said", tmp_path / "restic"
+    fake.write_text(f'#!/bin/sh\necho "$@" > {said}\ncat "${{2#--repository-file=}}" >> {said}\necho []\n')
+    fake.chmod(0o700)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    target = targets.open_target("restic:rest:https://me:hunter2@host/", {}, lambda *_: Secret(b"x"))
+    assert target is not None
+    assert target.names() == []
+    arguments, place = said.read_text().splitlines()
+    assert "hunter2" not in arguments
+    assert place == "rest:https://me:hunter2@host/"

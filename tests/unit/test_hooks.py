@@ -466,3 +466,25 @@ def test_files_are_opened_by_path_and_by_uri(told: Told, tmp_path: Path) -> None
         storage = told.hooks({}).open_storage(location, writable=False)
         assert storage.pread(1, 0) == b"x"
         storage.close()
+
+
+def test_one_that_is_always_nearly_too_slow_does_not_hold_up_the_end(told: Told) -> None:
+    slow = plugin(progress=lambda: time.sleep(0.1), job_finished=told.noting("end"))
+    hooks = told.hooks({"slow": slow}, observer_limit=0.2)
+    for done in range(50):
+        hooks.progress(ProgressEvent(job_id="j", phase="copy", disk=None, done=done, total=1))
+    hooks.finished(job(), JobResult(manifest=None, error="x"))
+    begun = time.monotonic()
+    hooks.close()
+    assert time.monotonic() - begun < 2
+    assert told.calls == ["end"]
+
+
+def test_neither_a_password_in_a_place_nor_what_should_have_named_a_secret_is_shown(told: Told) -> None:
+    hooks = told.hooks({})
+    with pytest.raises(TargetError) as refused:
+        hooks.target("tape://me:hunter2@host/")
+    assert "hunter2" not in str(refused.value)
+    with pytest.raises(OptionError) as unknown:
+        hooks.secret("hunter2", "a test")
+    assert "hunter2" not in str(unknown.value)

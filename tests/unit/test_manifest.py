@@ -208,3 +208,15 @@ def test_names_tell_what_they_are_of() -> None:
         assert names.manifest_of(name) is None
     for name in ("repository.json", "notes.txt", "disk.qcow2", f"{POINT}", f"x{POINT}.root.qcow2"):
         assert names.point_of(name) is None
+
+
+@pytest.mark.parametrize("fields", [{"revision": 1 << 62}, {"created": 1 << 62}])
+def test_huge_numbers_cost_nothing_and_are_refused_where_they_are_none(fields: dict[str, Any]) -> None:
+    content = manifests.plain(replace(WHOLE, **fields))
+    content["digest"] = manifests._digest(content)
+    packed = json.dumps(content).encode()
+    if "revision" in fields:
+        assert manifests.unpack(packed).revision == 1 << 62
+        return
+    with pytest.raises(ManifestError, match="year"):
+        manifests.unpack(packed)

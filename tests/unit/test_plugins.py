@@ -181,3 +181,22 @@ class TestTheVerb:
         ended = qcow2("plugins", "--plugin", tmp_path / "misspelt.py")
         assert (ended.status, ended.stdout) == (1, "")
         assert ended.stderr.startswith(f'qcow2: error: plugin "misspelt" from file {tmp_path}')
+
+
+def test_one_that_is_there_twice_stays_once(installed: Callable[..., None], tmp_path: Path) -> None:
+    installed(good=GOOD)
+    entries = tmp_path / "vendor_good-1.5.dist-info" / "entry_points.txt"
+    entries.write_text(entries.read_text() + "same = vendor_good\n")
+    reports: list[str] = []
+    hooks = Hooks.load(report=reports.append)
+    hooks.begin(job("job-1"))
+    assert sys.modules["vendor_good"].CALLED == ["job-1"]
+    assert "under another name" in str(by_name(hooks, "same").trouble)
+
+
+def test_one_that_fails_when_it_is_looked_at_is_left_out(installed: Callable[..., None]) -> None:
+    installed(good=GOOD, lazy="def __getattr__(name): raise RuntimeError('later')\n")
+    reports: list[str] = []
+    hooks = Hooks.load(report=reports.append)
+    assert by_name(hooks, "lazy").trouble == "RuntimeError: later"
+    assert by_name(hooks, "good").trouble is None

@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 
+from qcow2_plugin.adapters.backup import levels, names
 from qcow2_plugin.adapters.backup import manifest as manifests
-from qcow2_plugin.adapters.backup import names
 from qcow2_plugin.adapters.backup.model import Level, Manifest, Member
 from qcow2_plugin.adapters.backup.repository import Repository
 from qcow2_plugin.adapters.backup.target import BackupTarget
 from qcow2_plugin.adapters.backup.targets.directory import DirectoryTarget
+from qcow2_plugin.engine.files import MAX_DEPTH
 from qcow2_plugin.errors import ManifestError, Qcow2Error
 from qcow2_plugin.operations.create import create_image
 
@@ -255,3 +256,56 @@ def test_headers_are_looked_at(near: Repository, tmp_path: Path, wrong: str) -> 
     with pytest.raises(Qcow2Error, match=r"bytes|by itself|qcow2"), near.local(point, "root"):
         pass
     assert os.listdir(tmp_path) == ["kept"]
+
+
+def test_a_point_whose_files_somebody_has_removed_is_not_published(
+    target: MemoryTarget, repository: Repository
+) -> None:
+    """Of two backups one was made, and retention has taken the files of the other for leftovers."""
+    point = names.point_id(1, 1)
+    made = Manifest(repository_id=repository.id, point=point, sequence=1, created=1, members=(member(point, None),))
+    with pytest.raises(ManifestError, match="was removed by somebody else"):
+        repository.publish(made)
+    assert repository.points() == []
+
+
+def test_the_format_of_what_is_below_is_looked_at(near: Repository) -> None:
+    assert near.target.directory is not None
+    below, above = names.point_id(1, 1), names.point_id(2, 2)
+    kinds: list[tuple[str, str | None, dict[str, Any]]] = [
+        (below, None, {}),
+        (above, below, {"backing_file": names.member_name(below, "root"), "backing_format": "raw"}),
+    ]
+    for point, parent, options in kinds:
+        path = Path(near.target.directory) / names.member_name(point, "root")
+        create_image(path, MIB, check_backing_file=False, **options)
+        made = member(point, parent, file_size=path.stat().st_size)
+        near.publish(
+            Manifest(
+                repository_id=near.id,
+                point=point,
+                sequence=names.sequence_of(point),
+                created=1,
+                members=(made,),
+            )
+        )
+    with pytest.raises(ManifestError, match="another format"), near.local(above, "root"):
+        pass
+
+
+def test_what_others_are_built_on_is_not_left_over_without_its_manifest(
+    target: MemoryTarget, repository: Repository
+) -> None:
+    first = add(repository, 1, None)
+    add(repository, 2, first)
+    target.remove(names.manifest_name(first))
+    assert repository.leftovers() == []
+
+
+def test_no_chain_becomes_longer_than_what_can_be_opened(repository: Repository) -> None:
+    last = add(repository, 1, None)
+    for number in range(2, MAX_DEPTH):
+        assert levels._upon_last(repository, last, "root", 1000, ())[0] is not None
+        last = add(repository, number, last)
+    base, reason = levels._upon_last(repository, last, "root", 1000, ())
+    assert (base, reason) == (None, f"The chain has {MAX_DEPTH - 1} members, as many as it may have.")

@@ -69,6 +69,13 @@ def test_it_has_its_name_only_when_it_is_whole_and_durable(file: RecordFile, mon
     assert was_there == [False, True]
 
 
+def test_what_a_crash_has_left_of_a_record_that_was_not_whole_goes(file: RecordFile, tmp_path: Path) -> None:
+    Path(f"{file.path}.new").write_text("half a rec")
+    file.create(PREPARED)
+    assert file.read() == PREPARED
+    assert os.listdir(tmp_path) == ["record"]
+
+
 def test_nothing_is_written_over(file: RecordFile, tmp_path: Path) -> None:
     Path(file.path).write_text("mine")
     with pytest.raises(FileExistsError, match="record"):

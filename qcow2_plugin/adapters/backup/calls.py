@@ -117,6 +117,7 @@ class _Call(NamedTuple):
     hook: str
     call: Callable[..., Any]
     arguments: dict[str, Any]
+    may_miss: bool
 
 
 class _Observer:
@@ -144,22 +145,31 @@ class _Observer:
             if may_miss and len(self._waiting) >= MAX_WAITING:
                 self._missed += 1
                 return
-            self._waiting.append(_Call(hook, call, arguments))
+            self._waiting.append(_Call(hook, call, arguments, may_miss))
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name=f"plugin {self._plugin}", daemon=True)
                 self._thread.start()
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Wait for what it was told: as long as calls end in time."""
+        """Wait for what it was told: as long as calls end in time, and for what it may miss no longer than for one."""
+        end = time.monotonic() + self._limit
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()
             while (self._waiting or self._running) and not self._is_muted:
+                if time.monotonic() > end:
+                    self._skip()
                 self._changed.wait(max(self._since + self._limit - time.monotonic(), 0.01))
                 self._mute_if_late()
         if self._missed:
             self._report(f'plugin "{self._plugin}" was too slow to be told of {self._missed} events')
+
+    def _skip(self) -> None:
+        """Nothing that it may miss waits any more."""
+        kept = [waiting for waiting in self._waiting if not waiting.may_miss]
+        self._missed += len(self._waiting) - len(kept)
+        self._waiting = deque(kept)
 
     def _run(self) -> None:
         while True:

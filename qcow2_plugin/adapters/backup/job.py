@@ -25,8 +25,9 @@ recovers first, and `recover` does nothing else.
 network) may mean either: then the repository is asked; if it does not answer, all stays as it is, journal included.
 
 **Who else may be there.** Between 3 and 4, and between 4 and 5, the images are open to others for a moment. Writes in
-the former are in the frozen bitmap. A write in the latter would be in a member without being of its point in time, so
-the new bitmaps have to be empty at 5, or the job ends. At any time a program that writes makes opening fail.
+the former are in the frozen bitmap, if they went through the image: data and backing files have to be at 5 what they
+were at 3, or the job ends. A write in the latter would be in a member without being of its point in time, so the new
+bitmaps have to be empty at 5, too. At any time a program that writes makes opening fail.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ from qcow2_plugin.adapters.backup.planning import Context, JudgedDisk, Settings,
 from qcow2_plugin.adapters.backup.recovery import Outcome, decide_transaction, recover_entry, remove_leftovers
 from qcow2_plugin.adapters.backup.repository import Repository
 from qcow2_plugin.adapters.backup.rotation import own_bitmaps, settle
-from qcow2_plugin.adapters.backup.sources import Source, sources_of
+from qcow2_plugin.adapters.backup.sources import Source, bitmap_granularity, fingerprint, fingerprints, sources_of
 from qcow2_plugin.errors import BackupError, LooseEndError, Qcow2Error
 from qcow2_plugin.operations.bitmap_health import BitmapState, bitmap_health
 from qcow2_plugin.operations.transaction import bitmap_transaction
@@ -200,14 +201,16 @@ class _Run:
         except BaseException as error:
             self._hooks.finished(self._job, JobResult(manifest=None, error=str(error) or type(error).__name__))
             raise
-        failures = self._hooks.commit(self._job, manifest)
-        self._hooks.finished(self._job, JobResult(manifest=manifest, failures=tuple(map(str, failures))))
         try:
+            failures = self._hooks.commit(self._job, manifest)
+            self._hooks.finished(self._job, JobResult(manifest=manifest, failures=tuple(map(str, failures))))
             self._settle()
             if not failures:  # else the next backup tells them again
                 self._journal.end()
-        except (BackupError, OSError) as error:
+        except (Qcow2Error, OSError) as error:
             raise LooseEndError(f"point {manifest.point} is made, but {error}") from error
+        except (KeyboardInterrupt, SystemExit) as error:
+            raise LooseEndError(f"point {manifest.point} is made, but what follows was interrupted") from error
         return manifest
 
     def _make(self, created: int) -> Manifest:
@@ -241,11 +244,14 @@ class _Run:
                 if disk.new is None:
                     continue
                 image = opened.enter_context(disk.source.open_for_changes())
-                if not disk.is_that_of(image):
-                    raise BackupError("the image has just become another one; try again", file=disk.source.path)
+                data = fingerprint(image) or {}
+                if not disk.is_that_of(image) or not data.items() <= (disk.fingerprint or {}).items():
+                    raise BackupError("the image or its data file has just changed; try again", file=disk.source.path)
                 own = own_bitmaps(bitmap_health(image), self._repository.id)
                 told = disk.judgement
-                changes[image] = rotation.at_point(own, disk.new, frozen=told.frozen, adopted=told.adopted)
+                changes[image] = rotation.at_point(
+                    own, disk.new, frozen=told.frozen, adopted=told.adopted, granularity=bitmap_granularity(image)
+                )
             bitmap_transaction(changes, record=self._journal.record)
 
     def _write(self, disks: Sequence[JudgedDisk], images: Sequence[Image], created: int) -> Manifest:
@@ -281,8 +287,14 @@ class _Run:
         try:
             self._repository.publish(manifest)
         except BaseException as error:
-            if not self._is_published(manifest, error):
-                raise
+            if self._is_published(manifest, error):
+                return manifest
+            if isinstance(error, FileExistsError):
+                raise BackupError(
+                    f"another job has made point {manifest.point} in the same second; try again",
+                    file=self._repository.target.uri,
+                ) from error
+            raise
         return manifest
 
     def _is_published(self, manifest: Manifest, error: BaseException) -> bool:
@@ -302,7 +314,7 @@ class _Run:
         try:
             decide_transaction(self._journal, self._sources)
             self._settle()
-            remove_leftovers(self._repository, self._job.point)
+            remove_leftovers(self._repository, self._job)
             self._journal.end()
         except (Qcow2Error, OSError) as failure:
             error.add_note(str(failure))
@@ -329,7 +341,7 @@ class _UnknownOutcome(BackupError):
 
 def _require_untouched(disk: JudgedDisk, image: Image) -> None:
     """Raises BackupError unless the image is as it was at the point in time."""
-    is_untouched = disk.is_that_of(image)
+    is_untouched = disk.is_that_of(image) and fingerprints(image) == disk.fingerprint
     if disk.new is not None and is_untouched:
         (health,) = bitmap_health(image, [disk.new])
         is_untouched = health.state is BitmapState.USABLE and bool(health.enabled)

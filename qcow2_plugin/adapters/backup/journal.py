@@ -13,6 +13,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from qcow2_plugin.adapters.backup import names
@@ -94,9 +95,14 @@ class Journal:
         """Make it, durably, and keep it locked. Raises FileExistsError if there is one; OSError."""
         packed = json.dumps({"format": FORMAT} | dataclasses.asdict(entry), indent=1).encode()
         self._storage = create_given(self.path, mode=0o600)
-        self._storage.write_from(packed, 0)
-        self._storage.barrier()
-        directory.make_names_durable(os.path.dirname(self.path))
+        try:
+            self._storage.write_from(packed, 0)
+            self._storage.barrier()
+            directory.make_names_durable(os.path.dirname(self.path))
+        except BaseException:
+            with suppress(OSError):  # the error that led here says more
+                self.end()
+            raise
 
     def read(self) -> Entry | None:
         """What it tells, None if there is none or nothing had begun; it is locked from now on.

@@ -7,6 +7,7 @@ repository has of this disk, and to have heard of every write since. What it can
 
 * a disk that has shrunk. One that has grown again since looks as before; the sample finds it (`sampling`);
 * an internal snapshot that was applied. This package marks what differs, and QEMU refuses where there are bitmaps;
+* a backing file that was changed, or replaced by another one;
 * somebody who has written to a raw data file without its image. The image is written to last, when bitmaps are put
   away, so then the data file is the younger one; or it has changed, and the bitmap marks nothing.
 """
@@ -21,7 +22,8 @@ from typing import TYPE_CHECKING
 from qcow2_plugin.adapters.backup import rotation
 from qcow2_plugin.adapters.backup.model import Level, Manifest, Member
 from qcow2_plugin.adapters.backup.rotation import OwnBitmap, bitmap_name, last_full, own_bitmaps
-from qcow2_plugin.adapters.backup.sources import fingerprint, is_written_behind
+from qcow2_plugin.adapters.backup.sources import fingerprint, fingerprint_below, is_written_behind
+from qcow2_plugin.engine.files import MAX_DEPTH
 from qcow2_plugin.errors import ManifestError, printable
 from qcow2_plugin.operations.bitmap_health import BitmapHealth, bitmap_health
 
@@ -81,9 +83,12 @@ def judge(
     health = bitmap_health(image)
     own = own_bitmaps(health, repository.id)
     usable_adopted = _usable(health, adopted)
+    relied_on = any(each.name == relied and each.is_usable and each.is_enabled for each in own)
     doubt = _doubt(image, disk, last, own, adopted=usable_adopted)
     if adopted is not None and usable_adopted is None:
         doubt = doubt or f'The bitmap "{printable(adopted)}" is missing, or cannot be used.'
+    if usable_adopted is not None and not relied_on and not _is_enabled(health, usable_adopted):
+        doubt = f'The bitmap "{printable(usable_adopted)}" is disabled, so what has changed since then is not recorded.'
     if doubt is not None:
         return _full(doubt, level)
     if level is Level.FULL:
@@ -118,21 +123,28 @@ def _doubt(image: Image, disk: str, last: Manifest, own: Sequence[OwnBitmap], *,
             return "The bitmap of the last point is disabled, so what has changed since then is not recorded."
     if member.virtual_size > image.virtual_size:
         return f"The disk has shrunk, from {member.virtual_size} to {image.virtual_size} bytes."
+    if fingerprint_below(image) != _told_of_files_below(member):
+        return "A backing file is another one than at the last point, or has changed since."
     marks_nothing = adopted is None and relied is not None and relied.health.dirty_size == 0
     return _doubt_about_data_file(image, member, marks_nothing=marks_nothing)
 
 
 def _doubt_about_data_file(image: Image, member: Member, *, marks_nothing: bool) -> str | None:
-    now = fingerprint(image)
-    if now is None or member.fingerprint is None:
-        return None if now is None and member.fingerprint is None else "The data file is of another kind than before."
-    if now["inode"] != member.fingerprint.get("inode"):
+    now, then = fingerprint(image), member.fingerprint or {}
+    if now is None or "inode" not in then:
+        return None if now is None and "inode" not in then else "The data file is of another kind than before."
+    if now["inode"] != then["inode"]:
         return "The data file is another one than at the last point."
     if is_written_behind(image):
         return "The raw data file was written to after its image was: by a program that left no record of it."
-    if marks_nothing and now["mtime_ns"] != member.fingerprint.get("mtime_ns"):
+    if marks_nothing and now["mtime_ns"] != then.get("mtime_ns"):
         return "The raw data file has changed, but the bitmap marks nothing: a program has left no record of it."
     return None
+
+
+def _told_of_files_below(member: Member) -> dict[str, int]:
+    told = member.fingerprint or {}
+    return {name: value for name, value in told.items() if name.startswith("backing")}
 
 
 def _upon_last(
@@ -143,7 +155,7 @@ def _upon_last(
         chain = repository.chain(last, disk)
     except ManifestError as error:
         return None, f"The last point cannot be built on: {error}."
-    if len(chain) >= max_chain:
+    if len(chain) >= min(max_chain, MAX_DEPTH - 1):  # a scratch image may lie on top
         return None, f"The chain has {len(chain)} members, as many as it may have."
     return Base(Level.INCREMENTAL, last, chain[-1], marking, (bitmap_name(repository.id, last),)), None
 
@@ -165,6 +177,10 @@ def _upon_full(
 
 def _member(point: Manifest, disk: str) -> Member | None:
     return next((each for each in point.members if each.disk == disk), None)
+
+
+def _is_enabled(health: Sequence[BitmapHealth], name: str) -> bool:
+    return any(each.name == name and each.enabled for each in health)
 
 
 def _usable(health: Sequence[BitmapHealth], name: str | None) -> str | None:

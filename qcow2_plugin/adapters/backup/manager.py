@@ -161,12 +161,14 @@ class Hooks:
     def target(self, uri: str, options: Mapping[str, str] | None = None) -> BackupTarget:
         """The place of backups that `uri` names. Raises TargetError if nobody knows it; PluginError; OSError."""
         from qcow2_plugin.adapters.backup.target import BackupTarget
+        from qcow2_plugin.adapters.backup.targets.program import without_password
 
         target, plugin = self._calls.first(
             "qcow2_open_target", uri=uri, options=dict(options or {}), secret=self.secret
         )
         if target is None:
-            raise TargetError(f"{printable(uri)} is no place for backups that any plugin knows; see 'qcow2 plugins'")
+            shown = printable(without_password(uri))
+            raise TargetError(f"{shown} is no place for backups that any plugin knows; see 'qcow2 plugins'")
         if not isinstance(target, BackupTarget):
             raise _wrong(plugin, "qcow2_open_target", "a BackupTarget", target)
         return target
@@ -176,7 +178,8 @@ class Hooks:
         secret, plugin = self._calls.first("qcow2_resolve_secret", secret_id=secret_id, purpose=purpose)
         if secret is None:
             raise OptionError(
-                f"no plugin has the secret {printable(secret_id)} ({printable(purpose)}); "
+                f"no plugin has the secret {printable(secret_id) if ':' in secret_id else 'that was named'} "
+                f"({printable(purpose)}), and no secret is told itself; "
                 "the content of a file is file:PATH"
             )
         if not isinstance(secret, Secret):

@@ -217,8 +217,8 @@ def _check(manifest: Manifest) -> None:
 
 
 def _check_member(manifest: Manifest, member: Member) -> None:
-    possible = {names.member_name(manifest.point, member.disk, which) for which in range(manifest.revision + 1)}
-    if member.file not in possible:
+    revision = names.revision_of(member.file, manifest.point, member.disk)
+    if revision is None or revision > manifest.revision:
         raise ManifestError(f"{printable(member.file)!r} is no file of disk {member.disk} at this point")
     if member.leaves_file not in (None, names.leaves_name(manifest.point, member.disk)):
         raise ManifestError(f"{printable(str(member.leaves_file))!r} are no leaves of disk {member.disk} at this point")

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from qcow2_plugin.adapters.backup import names
 from qcow2_plugin.adapters.backup.hook_values import Batch
 from qcow2_plugin.adapters.backup.model import DiskPlan, Member, ProgressEvent
-from qcow2_plugin.adapters.backup.sources import fingerprint, member_cluster_size, options_of
+from qcow2_plugin.adapters.backup.sources import member_cluster_size, options_of
 from qcow2_plugin.engine.chain import open_image
 from qcow2_plugin.errors import BackupError, printable
 from qcow2_plugin.operations.changes import changes
@@ -104,7 +104,7 @@ class Writer:
             leaves_file=leaves_file,
             options=options_of(disk.source.path),
             source=printable(disk.source.path),
-            fingerprint=fingerprint(image),
+            fingerprint=disk.fingerprint,
         )
 
     def _recorder(self, image: Image, disk: JudgedDisk) -> Recorder | None:

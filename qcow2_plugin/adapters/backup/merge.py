@@ -94,6 +94,7 @@ def _merged(
         with open_image(top) as image, _staged(repository, name, scratch) as path:
             merge_layers(image, path, count=count, progress=progress)
             digest, size = file_digest(path)
+            _require_same(repository, manifest)
             repository.target.put_file(name, path)
     parent_file = None if base is None else names.member_name(base, member.disk)
     return replace(
@@ -106,6 +107,12 @@ def _merged(
         parent_point=base,
         parent_file=parent_file,
     )
+
+
+def _require_same(repository: Repository, manifest: Manifest) -> None:
+    """Raises ManifestError if somebody else was faster, whose file would be overwritten."""
+    if repository.point(manifest.point).revision != manifest.revision:
+        raise ManifestError(f"point {manifest.point} was merged by another program meanwhile; try again")
 
 
 def _require_links(directory: str) -> None:

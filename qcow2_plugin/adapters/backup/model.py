@@ -79,7 +79,8 @@ class Member:
     None both for a full one. `bitmap` is the bitmap in the image that records what changes from this point on.
     `content_digest` is the tree hash of the disk (`operations.content_digest`), None if none was made;
     `leaves_file` the name in the target of its leaves. `options` are those of `create_image` that make an image like
-    the source. `fingerprint` is of a raw data file: inode, size and time of change.
+    the source. `fingerprint` is of a raw data file (inode, size, time of change), and of the files below the
+    image.
     """
 
     disk: str

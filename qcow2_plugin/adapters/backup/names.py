@@ -71,6 +71,19 @@ def member_name(point: str, disk: str, revision: int = 0) -> str:
     return f"{point}.{disk}.r{revision}.qcow2" if revision else f"{point}.{disk}.qcow2"
 
 
+def member_prefix(point: str, disk: str) -> str:
+    """What all names of files of a disk begin with, also of those that are not whole."""
+    return f"{point}.{disk}."
+
+
+def revision_of(name: str, point: str, disk: str) -> int | None:
+    """The revision of the qcow2 file of a disk that a file of this name is, None if it is none."""
+    if name == member_name(point, disk):
+        return 0
+    told = name.removeprefix(f"{point}.{disk}.r").removesuffix(".qcow2")
+    return int(told) if told.isdecimal() and name == member_name(point, disk, int(told)) else None
+
+
 def leaves_name(point: str, disk: str) -> str:
     """The leaves of the content digest of a disk."""
     return f"{point}.{disk}.leaves"

@@ -11,6 +11,7 @@ from qcow2_plugin.adapters.backup.levels import Base, Judgement
 from qcow2_plugin.adapters.backup.model import DiskPlan, Estimate, Job, Level
 from qcow2_plugin.adapters.backup.rotation import bitmap_name
 from qcow2_plugin.adapters.backup.sampling import first_difference, kept_leaves
+from qcow2_plugin.adapters.backup.sources import fingerprints
 from qcow2_plugin.errors import DigestError, printable
 from qcow2_plugin.operations.changes import estimate
 from qcow2_plugin.storage.opener import Policy
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from qcow2_plugin.engine.digest_tree import Leaves
     from qcow2_plugin.engine.image import Image
 
-MAX_CHAIN = 64
+MAX_CHAIN = 63
 """Members of a chain by default; a longer one takes longer to restore, and to open."""
 SAMPLE = 16
 """Blocks that were not marked as changed, and are looked at nevertheless."""
@@ -55,7 +56,8 @@ class Settings:
 class JudgedDisk:
     """One disk of the job, judged. `base` None: its member is full. `leaves` are those of
     the base, None if it has none. `new` is the bitmap that begins at the point, None
-    where there can be none."""
+    where there can be none. `fingerprint` is of the files besides
+    the image, when it was judged."""
 
     source: Source
     judgement: Judgement
@@ -65,6 +67,7 @@ class JudgedDisk:
     new: str | None
     identity: tuple[int, int]
     virtual_size: int
+    fingerprint: dict[str, int] | None
 
     def is_that_of(self, image: Image) -> bool:
         """The image is still that which was judged."""
@@ -95,6 +98,7 @@ def judged(source: Source, image: Image, context: Context) -> JudgedDisk:
     """What is to be done about a disk that is open for reading. Raises PluginError; what the image and the target do;
     OSError."""
     settings, repository = context.settings, context.repository
+    files = fingerprints(image)  # before anything is believed
     adopted = (settings.bitmaps or {}).get(source.disk)
     judgement = levels.judge(
         image, source.disk, repository, level=settings.level, max_chain=settings.max_chain, adopted=adopted
@@ -108,8 +112,13 @@ def judged(source: Source, image: Image, context: Context) -> JudgedDisk:
         except (DigestError, FileNotFoundError) as error:
             reason = f"The last point cannot be compared with the disk: {error}."
             judgement, base, leaves = Judgement((), reason), None, None
-    new = bitmap_name(repository.id, context.job.point) if image.header.version >= 3 else None
-    return JudgedDisk(source, judgement, base, leaves, reason, new, image.layer.storage.identity, image.virtual_size)
+    new = bitmap_name(repository.id, context.job.point) if _can_have_bitmaps(image) else None
+    identity = image.layer.storage.identity
+    return JudgedDisk(source, judgement, base, leaves, reason, new, identity, image.virtual_size, files)
+
+
+def _can_have_bitmaps(image: Image) -> bool:
+    return image.header.version >= 3 and image.virtual_size > 0
 
 
 def _require_equal(image: Image, bitmaps: Sequence[str], leaves: Leaves | None, count: int) -> None:

@@ -105,9 +105,11 @@ class Plugins:
         try:
             plugin = load()
             plugin = plugin() if inspect.isclass(plugin) else plugin
+            if self.registry.is_registered(plugin):
+                return "it is in use under another name already", ()
+            trouble = _wrong_level(plugin) or next(_unmarked(plugin), None)
         except (Exception, SystemExit) as error:
             return told(error), ()
-        trouble = _wrong_level(plugin) or next(_unmarked(plugin), None)
         if trouble is not None:
             return trouble, ()
         try:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from qcow2_plugin.adapters.backup import names
 from qcow2_plugin.adapters.backup.hook_values import JournalEntry
 from qcow2_plugin.adapters.backup.journal import Entry, Journal
+from qcow2_plugin.adapters.backup.model import Job
 from qcow2_plugin.adapters.backup.repository import Repository
 from qcow2_plugin.adapters.backup.rotation import distrust, settle
 from qcow2_plugin.adapters.backup.sources import Source
@@ -49,7 +50,7 @@ def recover_entry(entry: Entry, journal: Journal, repository: Repository, hooks:
         hooks.commit(entry.job, point)
     else:
         hooks.abort(entry.job, "recover", "the job was interrupted")
-        remove_leftovers(repository, entry.point)
+        remove_leftovers(repository, entry.job)
     return verdict
 
 
@@ -95,8 +96,10 @@ def _is_undecided(source: Source) -> bool:
     return any(each.state is BitmapState.UNFINISHED for each in bitmap_health(source.path))
 
 
-def remove_leftovers(repository: Repository, point: str) -> None:
-    """What the target has of a point that never was. Raises what the target does."""
+def remove_leftovers(repository: Repository, job: Job) -> None:
+    """What the target has of a point that never was. Another job may make one of the same id, so what is of disks that
+    are not this job's stays. Raises what the target does."""
+    own = (names.manifest_name(job.point), *(names.member_prefix(job.point, each.disk) for each in job.disks))
     for name in repository.leftovers():
-        if names.point_of(name) == point:
+        if name.startswith(own):
             repository.target.remove(name)

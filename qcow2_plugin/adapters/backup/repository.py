@@ -129,6 +129,13 @@ class Repository:
             member = self._member(newest, wanted, disk)
             if member.file not in there:
                 raise ManifestError(f"member {member.file} is missing, so the disk cannot be rebuilt", file=self._uri())
+            if self.target.directory is not None:
+                size = os.stat(os.path.join(self.target.directory, member.file)).st_size
+                if size != member.file_size:
+                    raise ManifestError(
+                        f"member {member.file} has {size} bytes, and its manifest says {member.file_size}",
+                        file=self._uri(),
+                    )
             if len(members) == _MAX_CHAIN:
                 raise ManifestError(f"the chain is longer than {_MAX_CHAIN} members", file=self._uri())
             members.append(member)
@@ -152,19 +159,23 @@ class Repository:
         return [each.point for each in self.points() if any(one.parent_point == point for one in each.members)]
 
     def leftovers(self) -> list[str]:
-        """Names of ours that no manifest names, of members that are being made too."""
+        """Names of ours that no manifest names, of members that are being made too; not those of a point that has lost
+        its manifest, if another is built on it."""
         there = self.target.names()
         newest = self._newest(there)
         kept = {names.REPOSITORY_FILE}
+        needed = set()
         for each in newest.values():
             if isinstance(each, Manifest):
                 kept |= self.names_of(each)
+                needed |= {member.parent_point for member in each.members}
         return [
             name
             for name in sorted(there)
             if name not in kept
             and (point := names.point_of(name)) is not None
             and not isinstance(newest.get(point), ManifestError)
+            and (point in newest or point not in needed)
         ]
 
     def names_of(self, point: Manifest) -> set[str]:
@@ -184,8 +195,12 @@ class Repository:
                 f"the point is of repository {point.repository_id}, this is {self.id}", file=self._uri()
             )
         packed = manifests.pack(point)
-        newest = self._newest(self.target.names())
+        there = self.target.names()
+        newest = self._newest(there)
         for member in point.members:
+            for name in (member.file, member.leaves_file):
+                if name is not None and name not in there:
+                    raise ManifestError(f"{name} was removed by somebody else, so there is no point", file=self._uri())
             if member.parent_point is not None:
                 self._member(newest, member.parent_point, member.disk)
         self.target.publish(names.manifest_name(point.point, point.revision), packed)
@@ -332,6 +347,8 @@ def _check_headers(chain: list[Member], directory: str) -> None:
                 f"the member is of a disk of {found.virtual_size} bytes, and its manifest says {member.virtual_size}",
                 file=path,
             )
+        if found.qcow2.backing_format not in (None, "qcow2"):
+            raise ManifestError("the member is built on a file of another format than qcow2", file=path)
         if found.qcow2.backing_file != member.parent_file:
             raise ManifestError(
                 f"the member is built on {printable(str(found.qcow2.backing_file))!r}, and its manifest says "

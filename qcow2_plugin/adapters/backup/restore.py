@@ -99,6 +99,8 @@ def restore(
     has_data_file = _form(member, request) == "external-data-file"
     if request.data_file is not None and not has_data_file:
         raise OptionError("a data file is for an image that has one: as external-data-file, or saved if it had one")
+    if request.verify and member.content_digest is None:
+        raise OptionError("the point has no digest of its disk to verify the new one by; leave that out")
     with repository.local(manifest.point, member.disk, scratch) as top:
         require_files(repository.chain(manifest.point, member.disk), os.path.dirname(top))
         with open_image(top) as source:
@@ -168,8 +170,8 @@ def _gone_after_error(*paths: str | None) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        for path in paths:
-            if path is not None and not is_device(path) and (identity := identity_of(path)) is not None:
+        for path in map(os.path.realpath, filter(None, paths)):
+            if not is_device(path) and (identity := identity_of(path)) is not None:
                 remove(path, identity)
         raise
 
@@ -184,8 +186,6 @@ def _saved(member: Member) -> dict[str, Any]:
 
 def _require_content(member: Member, path: str, *, is_raw: bool) -> None:
     """Raises ExportError unless the disk at `path` has the digest of the point."""
-    if member.content_digest is None:
-        raise OptionError("the point has no digest of its disk to verify the new one by; leave that out")
     found = content_of_raw(path, member.virtual_size) if is_raw else content_of(path)
     if found != member.content_digest:
         raise ExportError(

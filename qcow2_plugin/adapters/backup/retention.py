@@ -68,13 +68,14 @@ class Fate:
 def plan(repository: Repository, rules: Rules, *, may_merge: bool = True) -> list[Fate]:
     """What becomes of every point, oldest first. Without `may_merge` a point that a kept one is built on is kept, too.
 
-    Raises OptionError; ManifestError if a manifest cannot be read, as then nobody knows what needs what; what the
-    target raises.
+    Raises OptionError; ManifestError if a manifest cannot be read, or is missing, as then nobody knows what needs what;
+    what the target raises.
     """
     rules.check()
     for point, error in repository.damaged().items():
         raise ManifestError(f"the manifest of {point} cannot be read, so nothing is removed: {error}")
     points = repository.points()
+    _require_parents(points)
     reasons = _reasons(points, rules)
     if not may_merge:
         _keep_parents(points, reasons)
@@ -83,6 +84,17 @@ def plan(repository: Repository, rules: Rules, *, may_merge: bool = True) -> lis
         Fate(point=each.point, reasons=tuple(reasons[each.point]), bases=_bases(each, by_id, reasons))
         for each in points
     ]
+
+
+def _require_parents(points: Sequence[Manifest]) -> None:
+    there = {each.point for each in points}
+    for each in points:
+        for member in each.members:
+            if member.parent_point is not None and member.parent_point not in there:
+                raise ManifestError(
+                    f"the manifest of {member.parent_point} is missing, and {each.point} is built on that, so nothing "
+                    "is removed"
+                )
 
 
 def prune(

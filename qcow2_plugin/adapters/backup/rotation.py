@@ -77,25 +77,28 @@ def own_bitmaps(health: Sequence[BitmapHealth], repository_id: str) -> list[OwnB
     return sorted(found, key=lambda one: one.sequence)
 
 
-def at_point(own: Sequence[OwnBitmap], new: str, *, frozen: str | None, adopted: str | None) -> list[BitmapChange]:
+def at_point(
+    own: Sequence[OwnBitmap], new: str, *, frozen: str | None, adopted: str | None, granularity: int | None = None
+) -> list[BitmapChange]:
     """The changes of one image at a point in time.
 
     `new` is the bitmap that begins. `frozen` is the one of the last point, which is relied on from now on, with what is
     kept beside it; None: none is, so all are removed. `adopted` is somebody else's bitmap that marks what has changed
-    since the last point, too: it is merged into `frozen`, which is made if it is not there.
+    since the last point, too: it is merged into `frozen`, which is made if it is not there. `granularity` in bytes is
+    that of bitmaps that follow no other one, None the usual one.
     """
     if frozen is None:
-        return [*_removed(own), _added(new)]
+        return [*_removed(own), _added(new, granularity)]
     present = next((each for each in own if each.name == frozen), None)
     if adopted is None:
         return [BitmapChange(BitmapVerb.ROTATE, frozen.encode(), new_name=new.encode())]
     changes = [] if present is None else [BitmapChange(BitmapVerb.DISABLE, frozen.encode())]
     if present is not None and not present.is_usable:
-        changes = [BitmapChange(BitmapVerb.REMOVE, frozen.encode())]
+        changes = _removed([present])
     if present is None or not present.is_usable:
-        changes.append(BitmapChange(BitmapVerb.ADD, frozen.encode(), is_enabled=False))
+        changes.append(BitmapChange(BitmapVerb.ADD, frozen.encode(), granularity, is_enabled=False))
     merged = BitmapChange(BitmapVerb.MERGE, frozen.encode(), source=adopted.encode())
-    return [*changes, merged, _added(new)]
+    return [*changes, merged, _added(new, granularity)]
 
 
 def after_point(own: Sequence[OwnBitmap], point: str, full: str) -> list[BitmapChange]:
@@ -136,8 +139,9 @@ def unsettled(own: Sequence[OwnBitmap], points: Sequence[Manifest], disk: str) -
     there = {each.point for each in points}
     of_disk = [each for each in points if any(member.disk == disk for member in each.members)]
     last = of_disk[-1].point if of_disk else None
+    is_frozen = any(each.point == last and not each.is_enabled for each in own)
     for each in own:
-        if each.is_enabled and each.point not in there:
+        if each.is_enabled and (each.point not in there or (is_frozen and not _has(each.point, of_disk))):
             return after_failure(own, each.point, last)
     newest = own[-1] if own else None
     if newest is None or newest.point != last or not newest.is_enabled:
@@ -196,9 +200,15 @@ def _kept(others: Sequence[OwnBitmap], full: str) -> OwnBitmap | None:
     return usable[-1] if usable else None
 
 
-def _added(name: str) -> BitmapChange:
-    return BitmapChange(BitmapVerb.ADD, name.encode())
+def _has(point: str, points: Sequence[Manifest]) -> bool:
+    return any(each.point == point for each in points)
+
+
+def _added(name: str, granularity: int | None) -> BitmapChange:
+    return BitmapChange(BitmapVerb.ADD, name.encode(), granularity)
 
 
 def _removed(bitmaps: Sequence[OwnBitmap]) -> list[BitmapChange]:
-    return [BitmapChange(BitmapVerb.REMOVE, each.name.encode()) for each in bitmaps]
+    """Stale ones go by themselves: whoever opens the image for changes forgets them."""
+    gone = BitmapState.STALE
+    return [BitmapChange(BitmapVerb.REMOVE, each.name.encode()) for each in bitmaps if each.health.state is not gone]

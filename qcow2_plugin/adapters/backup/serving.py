@@ -51,6 +51,7 @@ def opened_point(
 def _make_scratch(scratch: str, top: str, virtual_size: int) -> None:
     if not os.path.exists(scratch):
         create_image(scratch, virtual_size, backing_file=top, backing_format="qcow2", check_backing_file=False)
+        os.chmod(scratch, 0o600)  # nothing of the disk is in it yet
         return
     found = info(scratch).qcow2
     backing_file = None if found is None else found.backing_file

@@ -15,7 +15,9 @@ from qcow2_plugin.adapters.backup import names
 from qcow2_plugin.adapters.backup.model import DiskRequest
 from qcow2_plugin.engine.chain import open_alone, open_image
 from qcow2_plugin.engine.image import Image
+from qcow2_plugin.engine.raw import RawDisk
 from qcow2_plugin.errors import OptionError, printable
+from qcow2_plugin.format.geometry import MAX_BITMAP_DATA_SIZE
 from qcow2_plugin.operations.info import info
 from qcow2_plugin.storage.directory import absolute_path, identity_of
 from qcow2_plugin.storage.file import FileStorage
@@ -87,6 +89,13 @@ def member_cluster_size(image: Image) -> int:
     return min(max(image.header.geometry.cluster_size, _MIN_CLUSTER_SIZE), _MAX_CLUSTER_SIZE)
 
 
+def bitmap_granularity(image: Image) -> int | None:
+    """Bytes that a bit of a new bitmap is to stand for, None for the usual number: more, if the bitmap of a very large
+    disk could not be kept otherwise."""
+    needed = -(-image.virtual_size // (8 * MAX_BITMAP_DATA_SIZE))
+    return None if needed <= member_cluster_size(image) else 1 << (needed - 1).bit_length()
+
+
 def options_of(path: str) -> dict[str, Any]:
     """The options of `create_image` that make an image like the one at `path`, but for its size and backing file.
 
@@ -116,6 +125,27 @@ def fingerprint(image: Image) -> dict[str, int] | None:
     if not stat.S_ISREG(found.st_mode):
         return None
     return {"inode": found.st_ino, "size": found.st_size, "mtime_ns": found.st_mtime_ns}
+
+
+def fingerprints(image: Image) -> dict[str, int] | None:
+    """What tells of all files besides the image itself whether somebody has written to them. Raises OSError."""
+    return (fingerprint(image) or {}) | fingerprint_below(image) or None
+
+
+def fingerprint_below(image: Image) -> dict[str, int]:
+    """What tells whether somebody has changed a backing file: inode and time of the last change of each regular
+    file below the image, by its depth. Raises OSError."""
+    found: dict[str, int] = {}
+    below, depth = image.layer.backing, 1
+    while isinstance(below, Image | RawDisk):
+        layer = below.layer if isinstance(below, Image) else None
+        files = (below.storage,) if isinstance(below, RawDisk) else (below.layer.storage, below.layer.data)
+        for kind, storage in zip(("", "_data"), files, strict=False):
+            if isinstance(storage, FileStorage) and stat.S_ISREG((status := os.stat(storage.path)).st_mode):
+                found[f"backing{depth}{kind}_inode"] = status.st_ino
+                found[f"backing{depth}{kind}_mtime_ns"] = status.st_mtime_ns
+        below, depth = None if layer is None else layer.backing, depth + 1
+    return found
 
 
 def is_written_behind(image: Image) -> bool:

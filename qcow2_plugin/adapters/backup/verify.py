@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from qcow2_plugin.adapters.backup.repository import known_as
 from qcow2_plugin.adapters.backup.sampling import kept_leaves
 from qcow2_plugin.engine.chain import open_image
-from qcow2_plugin.errors import ManifestError, NotQcow2Error, Qcow2Error
+from qcow2_plugin.errors import ManifestError, NotQcow2Error, Qcow2Error, printable
 from qcow2_plugin.operations.content_digest import content_digest, opened_raw
 from qcow2_plugin.operations.file_digest import digest_of, file_digest
 
@@ -72,7 +72,8 @@ def verify(
 
     `against` are images by the names of disks, which have to be equal to what the points have, at any level.
 
-    Raises ManifestError if there is no such point; what the target raises when it is asked for its names; OSError.
+    Raises ManifestError if there is no such point or disk; what the target raises when it is asked for its names;
+    OSError.
     """
     work = _Verifying(repository, level, scratch)
     if points is None:
@@ -82,6 +83,7 @@ def verify(
     else:
         manifests = [repository.point(point) for point in points]
     chosen = [(each, [one for one in each.members if disks is None or one.disk in disks]) for each in manifests]
+    _require_disks(manifests, {*(disks or ()), *(against or {})})
     total = sum(len(members) for _, members in chosen)
     for manifest, members in chosen:
         work.result.points += 1
@@ -94,6 +96,13 @@ def verify(
     if progress is not None:
         progress(total, total)
     return work.result
+
+
+def _require_disks(manifests: Sequence[Manifest], wanted: set[str]) -> None:
+    """Raises ManifestError if a disk that was named is at none of the points: nothing would be looked at."""
+    known = {member.disk for manifest in manifests for member in manifest.members}
+    for disk in sorted(wanted - known):
+        raise ManifestError(f"no point has a disk {printable(disk)}; they have {', '.join(sorted(known)) or 'none'}")
 
 
 class _Verifying:

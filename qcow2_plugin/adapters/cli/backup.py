@@ -107,7 +107,7 @@ def _add_levels(parser: argparse.ArgumentParser) -> None:
     ):
         levels.add_argument(f"--{level}", dest="level", action="store_const", const=level, help=help)
     parser.add_argument(
-        "--max-chain", type=_count, metavar="N", help="as many members may build on each other (default: 64)"
+        "--max-chain", type=_count, metavar="N", help="as many members may build on each other (default: 63, the most)"
     )
     parser.add_argument(
         "--bitmap",

@@ -47,6 +47,8 @@ def fail(error: Exception) -> None:
     except OSError:  # which is, or comes on top of, `error`
         discard_stdout()
     print(f"qcow2: error: {_message(error)}", file=sys.stderr)
+    for note in getattr(error, "__notes__", ()):
+        print(f"qcow2: note: {note}", file=sys.stderr)
 
 
 def warn(message: str) -> None:

@@ -16,7 +16,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import IO
 
 from qcow2_plugin.adapters.backup.secrets import Secret
@@ -40,12 +40,14 @@ def without_password(location: str) -> str:
 
 class Program:
     """A program called `name`. With a passphrase, "{fd}" in the words that `start` it becomes the number of the
-    descriptor to read it from."""
+    descriptor to read it from; with a secret `place`, "{place}"."""
 
-    def __init__(self, name: str, start: Sequence[str], passphrase: Secret | None = None) -> None:
+    def __init__(
+        self, name: str, start: Sequence[str], passphrase: Secret | None = None, place: Secret | None = None
+    ) -> None:
         self._name = name
         self._start = start
-        self._passphrase = passphrase
+        self._secrets = {"{fd}": passphrase, "{place}": place}
         self._listed: dict[tuple[str, ...], tuple[float, bytes]] = {}
 
     def list(self, *more: str) -> bytes:
@@ -98,16 +100,19 @@ class Program:
 
     @contextmanager
     def _running(self, more: Sequence[str], stdin: int | IO[bytes], stdout: int) -> Iterator[_Running]:
-        secret = nullcontext() if self._passphrase is None else readable_once(self._passphrase.reveal())
-        with secret as fd:
-            start = self._start if fd is None else [word.replace("{fd}", str(fd)) for word in self._start]
+        start, fds = list(self._start), []
+        with ExitStack() as opened:
+            for sign, secret in self._secrets.items():
+                if secret is not None:
+                    fds.append(opened.enter_context(readable_once(secret.reveal())))
+                    start = [word.replace(sign, str(fds[-1])) for word in start]
             try:
                 process = subprocess.Popen(
                     [*start, *more],
                     stdin=stdin,
                     stdout=stdout,
                     stderr=subprocess.PIPE,
-                    pass_fds=() if fd is None else (fd,),
+                    pass_fds=fds,
                 )
             except FileNotFoundError as error:
                 raise TargetError(f"the program {self._name} is not installed here") from error

@@ -32,9 +32,10 @@ class ResticTarget(BackupTarget):
 
     def __init__(self, location: str, passphrase: Secret | None = None) -> None:
         self.uri = f"restic:{printable(without_password(location))}"
-        words = ["restic", "--quiet", f"--repo={location}"]
+        place = Secret(location.encode()) if without_password(location) != location else None
+        words = ["restic", "--quiet", f"--repo={location}" if place is None else "--repository-file=/dev/fd/{place}"]
         keyed = ["env", "-u", "RESTIC_PASSWORD_COMMAND", *words, "--password-file=/dev/fd/{fd}"]
-        self._restic = Program("restic", keyed if passphrase else words, passphrase)
+        self._restic = Program("restic", keyed if passphrase else words, passphrase, place)
 
     def put(self, name: str, chunks: Iterable[bytes | memoryview], size: int) -> None:
         """As the base class says."""
