@@ -128,7 +128,7 @@ def milliseconds_of_dirty_copy(image: Path, copied: Path) -> float:
     script = Path(__file__).with_name("dirty_copy.py")
     began = time.perf_counter()
     with qemu_nbd(image, f"--bitmap={bitmap}") as server:
-        output_of([sys.executable, str(script), server.uri, bitmap, str(copied)])
+        output_of([sys.executable, "-P", str(script), server.uri, bitmap, str(copied)])
         return 1000 * (time.perf_counter() - began)
 
 
