@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 PERIODS = {"daily": "%Y-%m-%d", "weekly": "%G-W%V", "monthly": "%Y-%m", "yearly": "%Y"}
 
-Progress = Callable[[str, int, int], None]
-"""Told the point that is merged, and (done, total) bytes of one of its disks."""
+Progress = Callable[[int, int], None]
+"""Told (done, total) bytes of one disk of a point that is merged."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,16 +110,11 @@ def prune(
             settle(repository, manifest)
     for fate in fates:
         if fate.is_kept and fate.bases:
-            told = None if progress is None else _telling(progress, fate.point)
-            merge(repository, fate.point, fate.bases, scratch=scratch, progress=told)
+            merge(repository, fate.point, fate.bases, scratch=scratch, progress=progress)
     for fate in reversed(fates):
         if not fate.is_kept:
             repository.remove(fate.point)
     return _sweep(repository)
-
-
-def _telling(progress: Progress, point: str) -> Callable[[int, int], None]:
-    return lambda done, total: progress(point, done, total)
 
 
 def _sweep(repository: Repository) -> list[str]:

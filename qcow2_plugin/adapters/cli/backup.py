@@ -6,7 +6,6 @@ import argparse
 import json
 import os
 import sys
-from contextlib import ExitStack, closing
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -137,15 +136,12 @@ def _add_checks(parser: argparse.ArgumentParser) -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     from qcow2_plugin.adapters.backup.job import plan_backup, recover, run_backup
-    from qcow2_plugin.adapters.cli.signals import ended_by_signals
 
     if arguments.compression_type and not arguments.compress:
         arguments.usage_error("--compression-type goes with --compress")
     disks = _disks(arguments)
     settings = _settings(arguments, disks)
-    with ended_by_signals(), ExitStack() as opened:
-        hooks = opened.enter_context(hook_options.load(arguments))
-        target = opened.enter_context(closing(target_options.open_target(arguments.to, arguments, hooks)))
+    with target_options.opened(arguments.to, arguments) as (target, hooks):
         if arguments.dry_run:
             _show_plans(plan_backup(disks, target, hooks=hooks, settings=settings), arguments.output)
             return 0

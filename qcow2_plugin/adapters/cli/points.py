@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 from qcow2_plugin.adapters.cli import hook_options, target_options, text
@@ -44,13 +43,7 @@ def add_to(verbs: text.Verbs) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from qcow2_plugin.adapters.backup.repository import Repository
-
-    with (
-        hook_options.load(arguments) as hooks,
-        closing(target_options.open_target(arguments.target, arguments, hooks)) as target,
-    ):
-        repository = Repository.open(target)
+    with target_options.opened_repository(arguments.target, arguments) as (repository, _):
         points, damaged, leftovers = repository.points(), repository.damaged(), repository.leftovers()
     if arguments.output == "json":
         print(json.dumps(_as_json(repository, points, leftovers), indent=4))

@@ -6,6 +6,8 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 _TOLD_EVERY = 0.2
 """Seconds between two lines for a program."""
@@ -67,8 +69,15 @@ def add_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def asked_for(arguments: argparse.Namespace, phase: str, done: str) -> Progress | JsonProgress:
-    """What --progress asks for; `done` says what has been done, as in "12 % checked"."""
-    if arguments.progress == "json":
-        return JsonProgress(phase)
-    return Progress(done, asked=arguments.progress == "bar")
+@contextmanager
+def asked_for(arguments: argparse.Namespace, phase: str, done: str) -> Iterator[Callable[[int, int], None] | None]:
+    """What tells how far the work in the block is, as --progress asks for, None if --quiet does; `done` says what has
+    been done, as in "12 % checked"."""
+    if arguments.quiet and not arguments.progress:
+        yield None
+        return
+    shown = JsonProgress(phase) if arguments.progress == "json" else Progress(done, asked=arguments.progress == "bar")
+    try:
+        yield shown.tell
+    finally:
+        shown.clear()

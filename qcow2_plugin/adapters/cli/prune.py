@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from contextlib import closing
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -60,9 +59,7 @@ def add_to(verbs: text.Verbs) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from qcow2_plugin.adapters.backup.repository import Repository
     from qcow2_plugin.adapters.backup.retention import Rules, plan, prune
-    from qcow2_plugin.adapters.cli.signals import ended_by_signals
 
     rules = Rules(
         last=arguments.keep_last,
@@ -72,22 +69,13 @@ def _run(arguments: argparse.Namespace) -> int:
         yearly=arguments.keep_yearly,
     )
     rules.check()
-    bar = progress.asked_for(arguments, "prune", "merged")
-    try:
-        with (
-            ended_by_signals(),
-            hook_options.load(arguments) as hooks,
-            closing(target_options.open_target(arguments.target, arguments, hooks)) as target,
-        ):
-            repository = Repository.open(target)
-            fates = plan(repository, rules, may_merge=not arguments.no_merge)
-            if not arguments.dry_run:
-                tell = (
-                    None if arguments.quiet and not arguments.progress else lambda _, done, total: bar.tell(done, total)
-                )
-                prune(repository, fates, scratch=arguments.scratch, progress=tell)
-    finally:
-        bar.clear()
+    with (
+        progress.asked_for(arguments, "prune", "merged") as tell,
+        target_options.opened_repository(arguments.target, arguments) as (repository, _),
+    ):
+        fates = plan(repository, rules, may_merge=not arguments.no_merge)
+        if not arguments.dry_run:
+            prune(repository, fates, scratch=arguments.scratch, progress=tell)
     if arguments.output == "json":
         print(json.dumps([asdict(fate) | {"is_kept": fate.is_kept} for fate in fates], indent=4))
     elif not arguments.quiet:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from contextlib import closing
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -69,9 +68,7 @@ def add_to(verbs: text.Verbs) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from qcow2_plugin.adapters.backup.repository import Repository
     from qcow2_plugin.adapters.backup.restore import Request, restore
-    from qcow2_plugin.adapters.cli.signals import ended_by_signals
 
     request = Request(
         to=arguments.file,
@@ -80,24 +77,19 @@ def _run(arguments: argparse.Namespace) -> int:
         overwrite=arguments.overwrite,
         verify=arguments.verify,
     )
-    bar = progress.asked_for(arguments, "restore", "restored")
-    try:
-        with (
-            ended_by_signals(),
-            hook_options.load(arguments) as hooks,
-            closing(target_options.open_target(arguments.source, arguments, hooks)) as target,
-        ):
-            restored = restore(
-                Repository.open(target),
-                arguments.point,
-                arguments.disk,
-                request,
-                hooks=hooks,
-                scratch=arguments.scratch,
-                progress=None if arguments.quiet and not arguments.progress else bar.tell,
-            )
-    finally:
-        bar.clear()
+    with (
+        progress.asked_for(arguments, "restore", "restored") as tell,
+        target_options.opened_repository(arguments.source, arguments) as (repository, hooks),
+    ):
+        restored = restore(
+            repository,
+            arguments.point,
+            arguments.disk,
+            request,
+            hooks=hooks,
+            scratch=arguments.scratch,
+            progress=tell,
+        )
     if arguments.output == "json":
         print(json.dumps(asdict(restored), indent=4))
     elif not arguments.quiet:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING
+
+from qcow2_plugin.adapters.cli import hook_options
 
 if TYPE_CHECKING:
     from qcow2_plugin.adapters.backup.manager import Hooks
+    from qcow2_plugin.adapters.backup.repository import Repository
     from qcow2_plugin.adapters.backup.target import BackupTarget
 
 TARGETS = "a directory, s3://BUCKET/PREFIX, borg:REPOSITORY, restic:REPOSITORY, or what a plugin knows"
@@ -25,9 +30,27 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def open_target(uri: str, arguments: argparse.Namespace, hooks: Hooks) -> BackupTarget:
-    """The target that was named. Raises TargetError, PluginError, OSError."""
-    return hooks.target(uri, dict(arguments.target_options))
+@contextmanager
+def opened(uri: str, arguments: argparse.Namespace) -> Iterator[tuple[BackupTarget, Hooks]]:
+    """The target that was named, and the plugins that take part, as long as the block runs; a signal to end ends it as
+    Ctrl-C does. Raises TargetError, PluginError, OSError."""
+    from qcow2_plugin.adapters.cli.signals import ended_by_signals
+
+    with (
+        ended_by_signals(),
+        hook_options.load(arguments) as hooks,
+        closing(hooks.target(uri, dict(arguments.target_options))) as target,
+    ):
+        yield target, hooks
+
+
+@contextmanager
+def opened_repository(uri: str, arguments: argparse.Namespace) -> Iterator[tuple[Repository, Hooks]]:
+    """The repository that is there, otherwise as `opened`. Raises ManifestError, too, if there is none."""
+    from qcow2_plugin.adapters.backup.repository import Repository
+
+    with opened(uri, arguments) as (target, hooks):
+        yield Repository.open(target), hooks
 
 
 def pair(word: str) -> tuple[str, str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from contextlib import closing
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -75,32 +74,25 @@ def add_to(verbs: text.Verbs) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from qcow2_plugin.adapters.backup.repository import Repository
     from qcow2_plugin.adapters.backup.verify import verify
-    from qcow2_plugin.adapters.cli.signals import ended_by_signals
 
     against = dict(arguments.against)
     if against and not arguments.points:
         raise OptionError("--against is about one point: name it with --point")
-    bar = progress.asked_for(arguments, "verify", "verified")
-    try:
-        with (
-            ended_by_signals(),
-            hook_options.load(arguments) as hooks,
-            closing(target_options.open_target(arguments.target, arguments, hooks)) as target,
-        ):
-            result = verify(
-                Repository.open(target),
-                arguments.points,
-                level=arguments.level,
-                disks=arguments.disks,
-                against=against,
-                hooks=hooks,
-                scratch=arguments.scratch,
-                progress=None if arguments.quiet and not arguments.progress else bar.tell,
-            )
-    finally:
-        bar.clear()
+    with (
+        progress.asked_for(arguments, "verify", "verified") as tell,
+        target_options.opened_repository(arguments.target, arguments) as (repository, hooks),
+    ):
+        result = verify(
+            repository,
+            arguments.points,
+            level=arguments.level,
+            disks=arguments.disks,
+            against=against,
+            hooks=hooks,
+            scratch=arguments.scratch,
+            progress=tell,
+        )
     if arguments.output == "json":
         print(json.dumps(asdict(result), indent=4))
     else:
