@@ -101,6 +101,28 @@ def continues(first: Extent, second: Extent) -> bool:
     return second.host_offset == first.host_offset + first.length
 
 
+def parts(start: int, end: int, limit: int) -> Iterator[tuple[int, int]]:
+    """A range in parts, (start, end), that end where multiples of `limit` do, or with it."""
+    while start < end:
+        stop = min(end, start - start % limit + limit)
+        yield start, stop
+        start = stop
+
+
+def joined(ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Ranges, (start, end), whose starts ascend, those that meet or overlap as one; none that is empty."""
+    current_start = current_end = 0
+    for start, end in ranges:
+        if start <= current_end:
+            current_end = max(current_end, end)
+            continue
+        if current_start < current_end:
+            yield current_start, current_end
+        current_start, current_end = start, end
+    if current_start < current_end:
+        yield current_start, current_end
+
+
 def clear(view: memoryview) -> None:
     """Fill `view` (bytes, format "B") with zeros, without allocating as much."""
     length = len(view)

@@ -31,7 +31,7 @@ from typing import NamedTuple
 from qcow2_plugin.engine.image import Image
 from qcow2_plugin.engine.raw import RawDisk
 from qcow2_plugin.engine.zeros import data_runs
-from qcow2_plugin.extent import Extent, ExtentKind, GuestDisk
+from qcow2_plugin.extent import Extent, ExtentKind, GuestDisk, parts
 from qcow2_plugin.storage import Storage
 from qcow2_plugin.storage.early import EarlyWriting
 from qcow2_plugin.storage.file import FileStorage
@@ -290,11 +290,8 @@ def _standing(extent: Extent, host_offset: int, shift: int, source: _Source, opt
 
 def _cut(piece: _Piece, limit: int) -> Iterator[_Piece]:
     """The piece in parts that end where multiples of `limit` do in the disk."""
-    offset, end = piece.guest_offset, piece.guest_offset + piece.length
-    while offset < end:
-        step = min(end - offset, limit - offset % limit)
-        yield piece._replace(guest_offset=offset, length=step)
-        offset += step
+    for start, end in parts(piece.guest_offset, piece.guest_offset + piece.length, limit):
+        yield piece._replace(guest_offset=start, length=end - start)
 
 
 class _Worker:

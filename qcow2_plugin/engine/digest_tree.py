@@ -24,6 +24,7 @@ from blake3 import blake3
 from qcow2_plugin.engine.in_order import in_order
 from qcow2_plugin.engine.zeros import data_runs
 from qcow2_plugin.errors import DigestError
+from qcow2_plugin.extent import parts
 
 BLOCK = 64 << 10
 _FAN_OUT = 256
@@ -177,13 +178,7 @@ def hash_ranges(
         _hash_blocks(buffer, start // BLOCK, leaves)
         return part
 
-    return in_order(work, _cut(ranges), threads)
-
-
-def _cut(ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    for start, end in ranges:
-        for part in range(start // _AT_ONCE * _AT_ONCE, end, _AT_ONCE):
-            yield max(part, start), min(part + _AT_ONCE, end)
+    return in_order(work, (part for start, end in ranges for part in parts(start, end, _AT_ONCE)), threads)
 
 
 def _hash_blocks(buffer: memoryview, first: int, leaves: Leaves) -> None:

@@ -29,6 +29,7 @@ from qcow2_plugin.engine.image import Image
 from qcow2_plugin.engine.in_order import in_order
 from qcow2_plugin.engine.zeros import data_runs
 from qcow2_plugin.errors import OptionError
+from qcow2_plugin.extent import parts
 from qcow2_plugin.format.entries import COPIED, ZERO, compressed_entry
 from qcow2_plugin.format.fresh import DenseRefcounts
 from qcow2_plugin.format.geometry import Geometry
@@ -142,11 +143,8 @@ class _Packer:
     def _batches(self) -> Iterator[_Batch]:
         limit = min(max(_BATCH // self._cluster_size, 1), self._uses.geometry.l2_entries)
         for run in self._uses.data_runs():
-            first, end = run.first, run.first + run.cluster_count
-            while first < end:
-                step = min(limit - first % limit, end - first)
-                yield _Batch(first, step)
-                first += step
+            for first, end in parts(run.first, run.first + run.cluster_count, limit):
+                yield _Batch(first, end - first)
 
     def _length(self, batch: _Batch) -> int:
         """Bytes of the disk; the last cluster may be a part of one."""

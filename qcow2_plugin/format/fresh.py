@@ -30,28 +30,35 @@ _CHUNK = 1 << 20
 
 
 class Places(Protocol):
-    """What the header tells of a layout. Offsets in bytes, `l1_size` in entries."""
+    """What the header tells of a layout. Offsets in bytes."""
 
     @property
-    def geometry(self) -> Geometry: ...  # noqa: D102
+    def geometry(self) -> Geometry:
+        """Of its clusters."""
 
     @property
-    def virtual_size(self) -> int: ...  # noqa: D102
+    def virtual_size(self) -> int:
+        """Bytes of the disk."""
 
     @property
-    def l1_size(self) -> int: ...  # noqa: D102
+    def l1_size(self) -> int:
+        """Entries of the L1 table."""
 
     @property
-    def l1_table_offset(self) -> int: ...  # noqa: D102
+    def l1_table_offset(self) -> int:
+        """Where the L1 table is."""
 
     @property
-    def refcount_table_offset(self) -> int: ...  # noqa: D102
+    def refcount_table_offset(self) -> int:
+        """Where the refcount table is."""
 
     @property
-    def refcount_table_clusters(self) -> int: ...  # noqa: D102
+    def refcount_table_clusters(self) -> int:
+        """Clusters of the refcount table."""
 
     @property
-    def refcount_order(self) -> int: ...  # noqa: D102
+    def refcount_order(self) -> int:
+        """The logarithm to base 2 of the bits of a refcount."""
 
 
 @dataclass(frozen=True, slots=True)

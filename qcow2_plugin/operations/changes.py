@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from qcow2_plugin.engine.image import Image
 from qcow2_plugin.engine.refcounts import is_preallocated
-from qcow2_plugin.extent import Extent, ExtentKind, GuestDisk
+from qcow2_plugin.extent import Extent, ExtentKind, GuestDisk, joined
 from qcow2_plugin.storage import Storage
 
 _NEAR = 16
@@ -121,16 +121,7 @@ def _union(parts: Sequence[Iterator[tuple[int, int]]]) -> Iterator[tuple[int, in
     if len(parts) == 1:
         yield from parts[0]
         return
-    current_start = current_end = 0
-    for start, end in heapq.merge(*parts):
-        if start <= current_end:
-            current_end = max(current_end, end)
-            continue
-        if current_start < current_end:
-            yield current_start, current_end
-        current_start, current_end = start, end
-    if current_start < current_end:
-        yield current_start, current_end
+    yield from joined(heapq.merge(*parts))
 
 
 def _looked_up(image: Image, dirty: Iterable[tuple[int, int]]) -> Iterator[Change]:

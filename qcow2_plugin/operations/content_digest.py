@@ -15,7 +15,7 @@ from qcow2_plugin.engine.digest_tree import BLOCK, Leaves, Recorder, hash_ranges
 from qcow2_plugin.engine.image import Image
 from qcow2_plugin.engine.raw import RawDisk
 from qcow2_plugin.errors import DigestError, OptionError
-from qcow2_plugin.extent import ExtentKind, GuestDisk
+from qcow2_plugin.extent import ExtentKind, GuestDisk, joined
 from qcow2_plugin.format.geometry import SECTOR_SIZE
 from qcow2_plugin.operations.changes import RangeKind, changes
 from qcow2_plugin.storage.opener import open_given
@@ -94,14 +94,4 @@ def _stored(disk: GuestDisk, size: int) -> Iterator[tuple[int, int]]:
 
 def _blocks(ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
     """The ranges made whole blocks, those that meet joined."""
-    current_start = current_end = 0
-    for range_start, range_end in ranges:
-        start, end = range_start // BLOCK * BLOCK, -(-range_end // BLOCK) * BLOCK
-        if start <= current_end:
-            current_end = max(current_end, end)
-            continue
-        if current_start < current_end:
-            yield current_start, current_end
-        current_start, current_end = start, end
-    if current_start < current_end:
-        yield current_start, current_end
+    return joined((start // BLOCK * BLOCK, -(-end // BLOCK) * BLOCK) for start, end in ranges)

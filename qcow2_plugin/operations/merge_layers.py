@@ -53,20 +53,11 @@ def _write(image: Image, made: NewFile, layers: list[Image], progress: Progress 
     lowest = layers[-1].header
     has_backing = lowest.backing_file is not None
     options = ImageOptions(
-        version=3,
         cluster_size=lowest.geometry.cluster_size,
         refcount_bits=1 << REFCOUNT_ORDER,
-        lazy_refcounts=False,
-        extended_l2=False,
         compression_type=_COMPRESSION[lowest.compression_type],
-        preallocation="off",
         backing_file=lowest.backing_file,
         backing_format=os.fsdecode(lowest.backing_format or b"qcow2") if has_backing else None,
-        data_file=None,
-        data_file_raw=False,
-        keep_data_file=False,
-        overwrite_data_file=False,
-        clip_data_file=False,
     )
     header = options.header(options.layout(image.virtual_size), None)
     work = Merging(image, made.storage, len(layers), lowest.compression_type, keeps_zeros=has_backing)

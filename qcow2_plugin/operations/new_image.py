@@ -35,22 +35,22 @@ COMPRESSION_TYPES = {"zlib": CompressionType.DEFLATE, "zstd": CompressionType.ZS
 
 @dataclass(frozen=True, slots=True)
 class ImageOptions:
-    """What is asked of a new image, by the names of `create_image`."""
+    """What is asked of a new image, by the names of `create_image`, and with its defaults."""
 
-    version: int
-    cluster_size: int
-    refcount_bits: int
-    lazy_refcounts: bool
-    extended_l2: bool
-    compression_type: str
-    preallocation: str
-    backing_file: bytes | None
-    backing_format: str | None
-    data_file: str | None
-    data_file_raw: bool
-    keep_data_file: bool
-    overwrite_data_file: bool
-    clip_data_file: bool
+    version: int = 3
+    cluster_size: int = 65536
+    refcount_bits: int = 16
+    lazy_refcounts: bool = False
+    extended_l2: bool = False
+    compression_type: str = "zlib"
+    preallocation: str = "off"
+    backing_file: bytes | None = None
+    backing_format: str | None = None
+    data_file: str | None = None
+    data_file_raw: bool = False
+    keep_data_file: bool = False
+    overwrite_data_file: bool = False
+    clip_data_file: bool = False
 
     @classmethod
     def around(
@@ -65,19 +65,13 @@ class ImageOptions:
     ) -> ImageOptions:
         """Those of an image that keeps the books of a raw disk which is there, `volume`."""
         return cls(
-            version=3,
             cluster_size=cluster_size,
             refcount_bits=refcount_bits,
             lazy_refcounts=lazy_refcounts,
             extended_l2=extended_l2,
-            compression_type="zlib",
-            preallocation="off",
-            backing_file=None,
-            backing_format=None,
             data_file=os.fsdecode(volume),
             data_file_raw=True,
             keep_data_file=True,
-            overwrite_data_file=False,
             clip_data_file=clip,
         )
 

@@ -25,6 +25,7 @@ from qcow2_plugin.engine.image import Image
 from qcow2_plugin.engine.in_order import in_order
 from qcow2_plugin.engine.packing import write_packed
 from qcow2_plugin.errors import OptionError
+from qcow2_plugin.extent import parts
 from qcow2_plugin.format.geometry import SECTOR_SIZE, Geometry
 from qcow2_plugin.format.member_layout import ClusterUses, MemberLayout
 from qcow2_plugin.operations.changes import Change, RangeKind
@@ -165,26 +166,23 @@ class _Work(NamedTuple):
         yield from layout.front(header)
         self._tell_zeros()
         total, done = self._to_read(layout), 0
-        with closing(in_order(self._read, self._parts(layout), self.threads)) as parts:
-            for chunk, length in parts:
+        with closing(in_order(self._read, self._parts(layout), self.threads)) as read:
+            for chunk, length in read:
                 yield chunk
                 done += length
                 if self.progress is not None:
                     self.progress(done, total)
 
     def _parts(self, layout: MemberLayout) -> Iterator[tuple[int, int]]:
-        """(guest offset, length) of all that is to be read."""
+        """(start, end) of all that is to be read."""
         for each in self._ranges(layout):
-            start, end = each.guest_offset, each.guest_offset + each.length
-            while start < end:
-                step = min(_AT_ONCE - start % _AT_ONCE, end - start)
-                yield start, step
-                start += step
+            yield from parts(each.guest_offset, each.guest_offset + each.length, _AT_ONCE)
 
     def _read(self, part: tuple[int, int]) -> tuple[bytearray, int]:
         """The bytes, filled up with zeros to whole clusters where the disk ends, and how many were read."""
-        start, length = part
-        is_last = start + length == self.image.virtual_size
+        start, end = part
+        length = end - start
+        is_last = end == self.image.virtual_size
         chunk = bytearray(length + (-length % self.options.cluster_size if is_last else 0))
         view = memoryview(chunk)[:length]
         self.image.read_into(view, start)
@@ -221,20 +219,10 @@ def _options(
     cluster_size: int, backing_file: Path | None, backing_format: str | None, compression: str | None
 ) -> ImageOptions:
     options = ImageOptions(
-        version=3,
         cluster_size=cluster_size,
-        refcount_bits=16,
-        lazy_refcounts=False,
-        extended_l2=False,
         compression_type=compression or "zlib",
-        preallocation="off",
         backing_file=None if backing_file is None else os.fsencode(backing_file),
         backing_format=backing_format,
-        data_file=None,
-        data_file_raw=False,
-        keep_data_file=False,
-        overwrite_data_file=False,
-        clip_data_file=False,
     )
     options.check()
     return options
