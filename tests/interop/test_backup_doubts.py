@@ -203,7 +203,8 @@ def test_a_job_that_fails_leaves_the_files_of_another_one_of_the_same_second(
     other.start()
     point = pair.back_up(disks=["one"], plugins={"one": One()})
     other.join()
-    assert (pair.repository / member(point, "one").leaves_file).exists()  # type: ignore[operator]
+    leaves_file = member(point, "one").leaves_file
+    assert leaves_file is not None and (pair.repository / leaves_file).exists()
 
 
 def test_of_two_jobs_with_one_point_the_loser_goes_on_where_it_was(

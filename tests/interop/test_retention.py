@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -272,7 +272,10 @@ def test_no_second_names_no_merging(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_where_nothing_can_be_made_right_it_is_read_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A crash has left the old name, and the directory is read-only now."""
     made = history(tmp_path, ["root"], "fii")
-    keep: Callable[..., None] = lambda *_: None  # noqa: E731
+
+    def keep(*_: object) -> None:
+        """What comes after the publishing is left out, as by a kill."""
+
     monkeypatch.setattr(merging, "lead_to_merged", keep)
     monkeypatch.setattr(merging, "settle", keep)
     merging.merge(made.again(), made.points[1], {"root": None})

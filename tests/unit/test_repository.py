@@ -253,7 +253,7 @@ def test_headers_are_looked_at(near: Repository, tmp_path: Path, wrong: str) -> 
             repository_id=near.id, point=point, sequence=1, created=1, members=(member(point, None, file_size=size),)
         )
     )
-    with pytest.raises(Qcow2Error, match=r"bytes|by itself|qcow2"), near.local(point, "root"):
+    with pytest.raises(Qcow2Error, match=r"bytes|by itself|qcow2"), near.local(near.chain(point, "root")):
         pass
     assert os.listdir(tmp_path) == ["kept"]
 
@@ -289,7 +289,7 @@ def test_the_format_of_what_is_below_is_looked_at(near: Repository) -> None:
                 members=(made,),
             )
         )
-    with pytest.raises(ManifestError, match="another format"), near.local(above, "root"):
+    with pytest.raises(ManifestError, match="another format"), near.local(near.chain(above, "root")):
         pass
 
 

@@ -11,25 +11,24 @@ it again, but blocks of which a part has changed.
 from __future__ import annotations
 
 import os
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Generator
+from contextlib import closing
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from qcow2_plugin.adapters.backup import names
 from qcow2_plugin.adapters.backup.hook_values import Batch
 from qcow2_plugin.adapters.backup.model import DiskPlan, Member, ProgressEvent
 from qcow2_plugin.adapters.backup.sources import member_cluster_size, options_of
+from qcow2_plugin.adapters.backup.target import staged
 from qcow2_plugin.engine.chain import open_image
 from qcow2_plugin.errors import BackupError, printable
 from qcow2_plugin.operations.changes import changes
 from qcow2_plugin.operations.content_digest import content_digest, recorder
-from qcow2_plugin.operations.file_digest import chunks_digest, file_digest
+from qcow2_plugin.operations.file_digest import chunks_digest, digest_of, file_digest
 from qcow2_plugin.operations.write_member import THREADS, member_chunks, write_member
 from qcow2_plugin.storage.blobs import size_of
-from qcow2_plugin.storage.directory import temporary_name
 
 if TYPE_CHECKING:
     from qcow2_plugin.adapters.backup.planning import Context, JudgedDisk
@@ -123,28 +122,17 @@ class Writer:
                 passed, digest = chunks_digest(read)
                 self._target.put(name, map(memoryview, passed), size)
                 return _File(size, digest())
-        with self._staged(name) as path:
+        with staged(self._target, name) as path:
             write_member(image, found, path, compression=compression, **options)
             file = _File(size_of(path), file_digest(path)[0] if is_digested else None)
             self._target.put_file(name, path)
         return file
 
-    @contextmanager
-    def _staged(self, name: str) -> Iterator[str]:
-        """A path for the file, from which the target takes it."""
-        if self._target.directory is not None:
-            yield temporary_name(os.path.join(self._target.directory, name))
-            return
-        with tempfile.TemporaryDirectory(prefix="qcow2-backup-") as spool:
-            yield os.path.join(spool, name)
-
     def _verify(self, name: str, file: _File, disk: str, content: str | None) -> None:
         """Raises BackupError unless what the target has now is what was to be kept."""
         progress = self._progress_of(disk, "verify")
-        if file.digest is not None:
-            passed, digest = chunks_digest(self._target.get(name))
-            if sum(map(len, passed)) != file.size or digest() != file.digest:
-                raise BackupError(f"member {name} was read back, and is not what was written", file=self._target.uri)
+        if file.digest is not None and digest_of(self._target.get(name)) != (file.digest, file.size):
+            raise BackupError(f"member {name} was read back, and is not what was written", file=self._target.uri)
         if content is None or self._target.directory is None:
             return
         with open_image(os.path.join(self._target.directory, name)) as rebuilt:

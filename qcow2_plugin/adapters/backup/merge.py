@@ -12,15 +12,14 @@ What a merged member holds is what its chain held, newest clusters only, compres
 from __future__ import annotations
 
 import os
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from qcow2_plugin.adapters.backup import names
 from qcow2_plugin.adapters.backup.model import Level, Manifest, Member
 from qcow2_plugin.adapters.backup.repository import lead_to_merged
+from qcow2_plugin.adapters.backup.target import staged
 from qcow2_plugin.adapters.backup.verify import require_files
 from qcow2_plugin.engine.chain import open_image
 from qcow2_plugin.errors import ManifestError, OptionError
@@ -89,9 +88,9 @@ def _merged(
     chain = repository.chain(manifest.point, member.disk)
     count = _count(chain, base)
     name = names.member_name(manifest.point, member.disk, manifest.revision + 1)
-    with repository.local(manifest.point, member.disk, scratch) as top:
+    with repository.local(chain, scratch) as top:
         require_files(chain, os.path.dirname(top))
-        with open_image(top) as image, _staged(repository, name, scratch) as path:
+        with open_image(top) as image, staged(repository.target, name, scratch) as path:
             merge_layers(image, path, count=count, progress=progress)
             digest, size = file_digest(path)
             _require_same(repository, manifest)
@@ -138,14 +137,3 @@ def _count(chain: list[Member], base: str | None) -> int:
     if base not in points[:-1]:
         raise ManifestError(f"{names.point_of(chain[-1].file)} is not built on {base}")
     return len(chain) - 1 - points.index(base)
-
-
-@contextmanager
-def _staged(repository: Repository, name: str, scratch: str | None) -> Iterator[str]:
-    """A path for the file, from which the target takes it."""
-    directory = repository.target.directory
-    if directory is not None:
-        yield temporary_name(os.path.join(directory, name))
-        return
-    with tempfile.TemporaryDirectory(prefix="qcow2-backup-", dir=scratch) as spool:
-        yield os.path.join(spool, name)

@@ -54,10 +54,12 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class JudgedDisk:
-    """One disk of the job, judged. `base` None: its member is full. `leaves` are those of
-    the base, None if it has none. `new` is the bitmap that begins at the point, None
-    where there can be none. `fingerprint` is of the files besides
-    the image, when it was judged."""
+    """One disk of the job, judged.
+
+    `base` None: its member is full. `leaves` are those of the base, None if it has none.
+    `new` is the bitmap that begins at the point, None where there can be none. `fingerprint` is of the files besides
+    the image, when it was judged.
+    """
 
     source: Source
     judgement: Judgement

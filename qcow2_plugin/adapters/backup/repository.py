@@ -224,13 +224,13 @@ class Repository:
                 self.target.remove(name)
 
     @contextmanager
-    def local(self, point: str, disk: str, scratch: str | None = None) -> Iterator[str]:
-        """The path of a qcow2 file that is the disk at this point, with all below it beside it, as long as it lasts.
+    def local(self, chain: list[Member], scratch: str | None = None) -> Iterator[str]:
+        """The path of a qcow2 file that is the disk that a `chain` ends with, with all below it beside it, as long as
+        it lasts.
 
         What is not in a directory already is fetched into a temporary one, in `scratch` if that is given. Raises
-        ManifestError if the chain is not what it should be; what the target raises; OSError.
+        ManifestError if the files are not what the chain says; what the target raises; OSError.
         """
-        chain = self.chain(point, disk)
         top = known_as(chain[-1])
         if self.target.directory is not None and _can_stay(chain, self.target.directory):
             _check_headers(chain, self.target.directory)

@@ -95,14 +95,15 @@ def restore(
     made has another digest than the point; PluginError; what the target raises; OSError.
     """
     manifest = repository.point(point)
-    member = repository.member(point, disk)
+    member = repository.member(manifest.point, disk)
     has_data_file = _form(member, request) == "external-data-file"
     if request.data_file is not None and not has_data_file:
         raise OptionError("a data file is for an image that has one: as external-data-file, or saved if it had one")
     if request.verify and member.content_digest is None:
         raise OptionError("the point has no digest of its disk to verify the new one by; leave that out")
-    with repository.local(manifest.point, member.disk, scratch) as top:
-        require_files(repository.chain(manifest.point, member.disk), os.path.dirname(top))
+    chain = repository.chain(manifest.point, member.disk)
+    with repository.local(chain, scratch) as top:
+        require_files(chain, os.path.dirname(top))
         with open_image(top) as source:
             told = Restore(
                 manifest=manifest,

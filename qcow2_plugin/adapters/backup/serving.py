@@ -38,7 +38,7 @@ def opened_point(
         raise ManifestError("there is no repository of backups", file=directory)
     repository = Repository.open(DirectoryTarget(directory))
     member = repository.member(point, disk)
-    with repository.local(repository.point(point).point, member.disk) as top:
+    with repository.local(repository.chain(point, member.disk)) as top:
         if scratch is None:
             with open_image(top, cache_size=cache_size) as image:
                 yield image

@@ -17,6 +17,7 @@ from qcow2_plugin.engine.chain import open_alone, open_image
 from qcow2_plugin.engine.image import Image
 from qcow2_plugin.engine.raw import RawDisk
 from qcow2_plugin.errors import OptionError, printable
+from qcow2_plugin.extent import GuestDisk
 from qcow2_plugin.format.geometry import MAX_BITMAP_DATA_SIZE
 from qcow2_plugin.operations.info import info
 from qcow2_plugin.storage.directory import absolute_path, identity_of
@@ -138,13 +139,16 @@ def fingerprint_below(image: Image) -> dict[str, int]:
     found: dict[str, int] = {}
     below, depth = image.layer.backing, 1
     while isinstance(below, Image | RawDisk):
-        layer = below.layer if isinstance(below, Image) else None
-        files = (below.storage,) if isinstance(below, RawDisk) else (below.layer.storage, below.layer.data)
-        for kind, storage in zip(("", "_data"), files, strict=False):
+        beneath: GuestDisk | None = None
+        if isinstance(below, RawDisk):
+            files = {"": below.storage}
+        else:
+            files, beneath = {"": below.layer.storage, "_data": below.layer.data}, below.layer.backing
+        for kind, storage in files.items():
             if isinstance(storage, FileStorage) and stat.S_ISREG((status := os.stat(storage.path)).st_mode):
                 found[f"backing{depth}{kind}_inode"] = status.st_ino
                 found[f"backing{depth}{kind}_mtime_ns"] = status.st_mtime_ns
-        below, depth = None if layer is None else layer.backing, depth + 1
+        below, depth = beneath, depth + 1
     return found
 
 

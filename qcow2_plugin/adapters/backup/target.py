@@ -16,11 +16,15 @@ from __future__ import annotations
 
 import abc
 import errno
+import os
 import re
+import tempfile
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 from qcow2_plugin.errors import TargetError, printable
 from qcow2_plugin.storage.blobs import read_blob, size_of
+from qcow2_plugin.storage.directory import temporary_name
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,200}")
 
@@ -107,3 +111,14 @@ class BackupTarget(abc.ABC):
 
     def close(self) -> None:  # noqa: B027 - most have nothing to give back
         """Give back what the target holds. It is not used any more."""
+
+
+@contextmanager
+def staged(target: BackupTarget, name: str, scratch: str | None = None) -> Iterator[str]:
+    """A path for a file that `target` is to take as `name` (`put_file`) before the block ends: in its directory, if it
+    is one, else in a temporary one, in `scratch` if that is given. Raises OSError."""
+    if target.directory is not None:
+        yield temporary_name(os.path.join(target.directory, name))
+        return
+    with tempfile.TemporaryDirectory(prefix="qcow2-backup-", dir=scratch) as spool:
+        yield os.path.join(spool, name)

@@ -125,7 +125,7 @@ class _Verifying:
         try:
             chain = self._repository.chain(manifest.point, member.disk)
             if self._repository.target.directory is not None:
-                with self._repository.local(manifest.point, member.disk):
+                with self._repository.local(chain):
                     pass
         except (Qcow2Error, OSError) as error:
             self.found(manifest.point, member.disk, None, error)
@@ -135,7 +135,7 @@ class _Verifying:
         if self.result.level >= 1 and not self._files_are_right(manifest, member, chain):
             return
         if self.result.level >= 2 or against is not None:
-            self._look_at_content(manifest, member, against)
+            self._look_at_content(manifest, member, chain, against)
 
     def _look_at_leaves(self, manifest: Manifest, member: Member, name: str) -> None:
         """They are needed for the next digest only, so they say nothing about the disk."""
@@ -169,12 +169,12 @@ class _Verifying:
                 self._known_files[member.file] = f"the file cannot be read: {error}"
         return self._known_files[member.file]
 
-    def _look_at_content(self, manifest: Manifest, member: Member, against: str | None) -> None:
+    def _look_at_content(self, manifest: Manifest, member: Member, chain: list[Member], against: str | None) -> None:
         self.result.without_digest += member.content_digest is None
         if member.content_digest is None and against is None:
             return
         try:
-            with self._repository.local(manifest.point, member.disk, self._scratch) as top:
+            with self._repository.local(chain, self._scratch) as top:
                 found = content_of(top)
             if member.content_digest not in (None, found):
                 self.found(manifest.point, member.disk, None, "the disk, rebuilt, is not what was backed up")
